@@ -1,0 +1,62 @@
+"""What a request must satisfy before it is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_paged.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Tokens a sequence may have: by the model, and by a pool of `num_pages` pages of `page_size` tokens."""
+
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    vocab_size: int
+
+    @property
+    def limit(self) -> tuple[int, str]:
+        """Most tokens of one sequence, and the name of what sets it."""
+        # The last token's KV is never stored: a pool of n slots can hold a sequence of n + 1 tokens.
+        pool = self.num_pages * self.page_size + 1
+        if pool < self.max_model_len:
+            return pool, f"the KV pool ({self.num_pages} pages of {self.page_size} tokens)"
+        return self.max_model_len, "max_model_len"
+
+
+def checked_prompt(prompt_ids: Sequence[int], capacity: Capacity) -> list[int]:
+    """The prompt as a list of ints.
+
+    Raises:
+        ValueError: it is empty, or a token id lies outside the vocabulary.
+    """
+    ids = [int(token) for token in prompt_ids]
+    if not ids:
+        raise ValueError("the prompt is empty: at least one token is needed")
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= capacity.vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"token id {bad} of the prompt is outside the vocabulary: 0 to {capacity.vocab_size - 1}")
+    return ids
+
+
+def checked_length(length: int, params: SamplingParams, capacity: Capacity) -> int:
+    """Tokens to generate at most, for a prompt of `length` tokens.
+
+    Raises:
+        ValueError: prompt and output do not fit, or a parameter names a token outside the vocabulary.
+    """
+    params.check_vocabulary(capacity.vocab_size)
+    limit, which = capacity.limit
+    if length >= limit:
+        raise ValueError(f"the prompt has {length} tokens: {which} allows {limit}, at least one new token included")
+    if params.max_tokens is None:
+        return limit - length
+    if length + params.max_tokens > limit:
+        raise ValueError(
+            f"the prompt has {length} tokens and max_tokens={params.max_tokens}: {which} allows {limit} tokens in all"
+        )
+    return params.max_tokens

@@ -1,0 +1,99 @@
+"""Settings of an engine: frozen, validated at the door."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def require(ok: bool, name: str, value: object, allowed: str, owner: str = "EngineConfig") -> None:
+    """Raise the `ValueError` that every refused setting gives: its name, its value and what is allowed."""
+    if not ok:
+        raise ValueError(f"{owner}.{name}={value!r} is not allowed: {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may use and how it schedules.
+
+    Attributes:
+        page_size: tokens a page, 1 to 256.
+        num_pages: pages in the pool. Default: what `memory_fraction` allows.
+        memory_fraction: share of memory for KV pages when `num_pages` is not given. On CUDA it is a share of the free
+            device memory (default 0.8), taken at once; on a CPU a share of the available memory (default 0.4), as an
+            upper limit: pages cost memory only once they are written.
+        max_model_len: tokens a sequence may have, prompt included. Default: the model's position limit.
+        max_batch_tokens: tokens computed in one step (prompt chunks and decodes together). Default 512 on a CPU, 8192 on
+            CUDA.
+        max_sequences: sequences that run at the same time.
+        seed: from which the seeds of requests without one derive. Default: drawn from torch's global generator, so that
+            `torch.manual_seed` makes runs repeatable.
+        prefix_caching: share prefixes across requests. Not available yet: only False is taken.
+        backend: `auto`, `torch` or `triton` for the attention ops. Only the torch ops exist yet.
+        check: run `Memory.check()` after every step (slow; meant for tests).
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_fraction: float | None = None
+    max_model_len: int | None = None
+    max_batch_tokens: int | None = None
+    max_sequences: int = 128
+    seed: int | None = None
+    prefix_caching: bool = False
+    backend: str = "auto"
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        require(_is_int(size) and 1 <= size <= 256, "page_size", size, "an integer from 1 to 256")
+        for name in ("num_pages", "max_model_len", "max_batch_tokens"):
+            value = getattr(self, name)
+            require(value is None or (_is_int(value) and value >= 1), name, value, "an integer of at least 1, or None")
+        value = self.max_sequences
+        require(_is_int(value) and value >= 1, "max_sequences", value, "an integer of at least 1")
+        value = self.memory_fraction
+        ok = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1)
+        require(ok, "memory_fraction", value, "a number over 0 and up to 1, or None")
+        both = self.num_pages is not None and self.memory_fraction is not None
+        require(not both, "memory_fraction", value, f"give it or num_pages ({self.num_pages}), not both")
+        require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
+        for name in ("prefix_caching", "check"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        require(not self.prefix_caching, "prefix_caching", True, "prefixes are not shared across requests yet: False")
+        require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
+        require(self.backend != "triton", "backend", "triton", "the Triton kernels do not exist yet: auto or torch")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> EngineConfig:
+        """Build from a mapping, refusing unknown names.
+
+        Raises:
+            ValueError: on an unknown name or a bad value.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise ValueError(f"unknown engine setting {name!r}: allowed are {', '.join(names)}")
+        return cls(**settings)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can be had without swapping (`MemAvailable`), or half of all where that is unknown."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30

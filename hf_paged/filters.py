@@ -1,0 +1,232 @@
+"""Temperature, top-k, top-p, min-p, and the draw: scores of sampling rows to tokens.
+
+What is kept is defined once, as transformers' warpers define it (`keep_mask`); `draw` reaches the same tokens
+without that where the kept tokens are few. A row's result does not depend on the other rows of its batch:
+probabilities are summed as integers, so that no order of summing can be seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_paged.noise import gumbel, gumbel_dense, seed_bits
+from hf_paged.params import SamplingParams
+
+WINDOW = 64  # this many of a row's largest scores are looked at first; a longer torch.topk is much slower
+_UNIT = 2.0**48  # probabilities are summed in units of 2**-48, exact for float32 ones above 2**-24
+_BUCKETS = 1024
+_PER_NAT = 64.0  # buckets a nat: they reach 16 nats below the largest score, the last holds all that is below
+_DENSE_TOKENS = 1 << 18  # whole vocabularies are drawn from in pieces of this many tokens, to stay in cache
+
+
+@dataclass(frozen=True, slots=True)
+class DrawTensors:
+    """The parameters of R sampling rows, on the scores' device.
+
+    temperature, min_p: float32 [R, 1]. limit: float32 [R, 1], 1 - top_p, or -1 where top_p is off.
+    top_k: int64 [R, 1], 0 where off. seeds (as bits), positions: int64 [R].
+    largest_k, any_top_p, any_min_p, any_temperature: known to the host, so that idle filters cost nothing.
+    """
+
+    temperature: torch.Tensor
+    limit: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    largest_k: int
+    any_top_p: bool
+    any_min_p: bool
+    any_temperature: bool
+
+    def pick(self, rows: torch.Tensor) -> "DrawTensors":
+        """The same for some rows (int64 [n])."""
+        names = ("temperature", "limit", "min_p", "top_k", "seeds", "positions")
+        picked = [getattr(self, name)[rows] for name in names]
+        return DrawTensors(*picked, self.largest_k, self.any_top_p, self.any_min_p, self.any_temperature)
+
+
+def draw_tensors(
+    params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int], device: torch.device
+) -> DrawTensors:
+    """Gather the parameters of some rows into tensors on `device`."""
+    limits = [1.0 - p.top_p if p.top_p < 1.0 else -1.0 for p in params]
+    top_k = [max(p.top_k, 0) for p in params]
+    floats = [[p.temperature for p in params], limits, [p.min_p for p in params]]
+    whole = [top_k, [seed_bits(seed) for seed in seeds], list(positions)]
+    temperature, limit, min_p = torch.tensor(floats, dtype=torch.float32, device=device).unsqueeze(-1)
+    ks, seed_tensor, position_tensor = torch.tensor(whole, dtype=torch.int64, device=device)
+    return DrawTensors(
+        temperature,
+        limit,
+        min_p,
+        ks[:, None],
+        seed_tensor,
+        position_tensor,
+        largest_k=max(top_k),
+        any_top_p=max(limits) >= 0.0,
+        any_min_p=any(floats[2]),
+        any_temperature=any(value != 1.0 for value in floats[0]),
+    )
+
+
+def warm(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """Scores float32 [R, V] divided by each row's temperature."""
+    return scores / given.temperature if given.any_temperature else scores
+
+
+def draw(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """Draw a token a row from softmax of scores (float32 [R, V], temperature applied) after the filters.
+
+    Returns int64 [R]. Equal to `draw_dense(filtered(scores, given), given)`, the plain way.
+    """
+    size = min(max(WINDOW, given.largest_k + 1), scores.shape[1])
+    if size > 4 * WINDOW:
+        return draw_dense(filtered(scores, given), given)
+    values, ids = scores.topk(size, dim=1)
+    kept, enough = _window(scores, values, ids, given)
+    tokens = _draw_window(values, ids, kept, given)
+    if not bool(enough.all()):
+        rest = (~enough).nonzero().squeeze(1)
+        part = given.pick(rest)
+        tokens[rest] = draw_dense(filtered(scores[rest], part), part)
+    return tokens
+
+
+def draw_dense(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """Draw a token a row from softmax of scores float32 [R, V], every token in play. Returns int64 [R]."""
+    rows, vocab = scores.shape
+    step = max(1, _DENSE_TOKENS // vocab)
+    tokens = []
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        noise = gumbel_dense(given.seeds[part], given.positions[part], vocab)
+        tokens.append(noise.add_(scores[part]).argmax(dim=1))
+    return torch.cat(tokens)
+
+
+def filtered(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """Scores float32 [R, V], temperature applied, with -inf for what the filters drop."""
+    return scores.masked_fill(~keep_mask(scores, given), -torch.inf)
+
+
+def keep_mask(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """What top_k, then top_p, then min_p keep of scores float32 [R, V], temperature applied.
+
+    top_k: scores not below the k-th largest, so all that tie with it. top_p: a token goes if it and all less
+    probable ones together have at most 1 - top_p; of equal scores the lower ids count as less probable, which
+    is how transformers' sort leaves them. min_p: probabilities not below min_p times the largest. The most
+    probable token always stays. Returns bool [R, V].
+    """
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if given.largest_k:
+        kept &= scores >= _kth_score(scores, given)
+        scores = scores.masked_fill(~kept, -torch.inf)
+    if given.any_top_p or given.any_min_p:
+        probs = scores.softmax(dim=1)
+    if given.any_top_p:
+        kept &= _top_p_mask(scores, probs, given.limit)
+    if given.any_min_p:
+        kept &= probs >= given.min_p * probs.amax(dim=1, keepdim=True)
+    return kept
+
+
+def _kth_score(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """Each row's k-th largest of scores float32 [R, n]; -inf where top_k is off. Returns float32 [R, 1]."""
+    largest = scores.topk(min(given.largest_k, scores.shape[1]), dim=1).values
+    kth = largest.gather(1, (given.top_k - 1).clamp(0, largest.shape[1] - 1))
+    return kth.masked_fill(given.top_k == 0, -torch.inf)
+
+
+def _units(probs: torch.Tensor) -> torch.Tensor:
+    """Probabilities float32 as integers, so that their sums have no rounding and no order: int64, same shape."""
+    return (probs * _UNIT).long()
+
+
+def _gone(before: torch.Tensor, total: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Whether top_p drops tokens, given the sum of all more probable ones and of all (int64, in units).
+
+    What is left for a token and those below it is compared in float32, to fall as it does in transformers
+    where it hits the limit exactly.
+    """
+    return ((total - before).double() / _UNIT).float() <= limit
+
+
+def _window(
+    scores: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, given: DrawTensors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`keep_mask` for the n largest scores of each row (values, ids: [R, n], sorted).
+
+    Returns what is kept, bool [R, n], and which rows keep nothing beyond it, bool [R].
+    """
+    kept = values > -torch.inf
+    if given.largest_k:
+        kth = _kth_score(values, given)
+        kept &= values >= kth
+    if given.any_top_p or given.any_min_p:
+        if given.largest_k:
+            scores = scores.masked_fill(scores < kth, -torch.inf)
+        all_probs = scores.softmax(dim=1)
+        probs = all_probs.gather(1, ids)
+    whole = values.shape[1] == scores.shape[1]
+    if given.any_top_p:
+        units = _units(probs)
+        total = _units(all_probs).sum(dim=1, keepdim=True)
+        gone = _gone(units.cumsum(dim=1) - units, total, given.limit)
+        gone[:, 0] = False
+        kept &= ~gone
+        # A cut between equal scores goes by token id, which torch.topk does not sort by.
+        tied = (gone[:, 1:] & ~gone[:, :-1] & (values[:, 1:] == values[:, :-1])).any(dim=1)
+    else:
+        tied = torch.zeros_like(kept[:, 0])
+    if given.any_min_p:
+        kept &= probs >= given.min_p * probs[:, :1]
+    # Every filter keeps the first tokens of the sorted window: if the last one goes, so does all beyond it.
+    enough = ~tied if whole else ~tied & ~kept[:, -1]
+    return kept, enough
+
+
+def _draw_window(values: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor, given: DrawTensors) -> torch.Tensor:
+    """Gumbel-max over the kept entries of values float32 [R, n] and ids int64 [R, n]. Returns int64 [R].
+
+    The lowest id wins a tie, as argmax has it over a whole vocabulary.
+    """
+    rows, places = kept.nonzero(as_tuple=True)
+    noisy = torch.full(values.shape, -torch.inf, dtype=torch.float64, device=values.device)
+    noise = gumbel(given.seeds[rows], given.positions[rows], ids[rows, places])
+    noisy[rows, places] = noise.add_(values[rows, places])
+    best = noisy == noisy.amax(dim=1, keepdim=True)
+    return ids.masked_fill(~best, torch.iinfo(torch.int64).max).amin(dim=1)
+
+
+def _top_p_mask(scores: torch.Tensor, probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """What top_p keeps of scores, probs: float32 [R, V]. Returns bool [R, V].
+
+    Scores are summed up in buckets, and only the bucket in which the cut falls is sorted.
+    """
+    gap = (scores.amax(dim=1, keepdim=True) - scores).mul_(_PER_NAT).clamp_(max=_BUCKETS - 1)
+    bucket = gap.long()
+    units = _units(probs)
+    sums = units.new_zeros(len(scores), _BUCKETS).scatter_add_(1, bucket, units)
+    above = sums.cumsum(dim=1) - sums
+    total = sums.sum(dim=1, keepdim=True)
+    gone = _gone(above, total, limit)
+    gone[:, 0] = False
+    cut = (~gone).sum(dim=1, keepdim=True) - 1
+    member = bucket == cut
+    counts = member.sum(dim=1, keepdim=True)
+    values, ids = scores.masked_fill(~member, -torch.inf).topk(max(int(counts.max()), 1), dim=1)
+    inside = units.gather(1, ids)
+    places = torch.arange(values.shape[1], device=scores.device)
+    stays = ~_gone(above.gather(1, cut) + inside.cumsum(dim=1) - inside, total, limit)
+    stays[:, 0] = True  # the first of a bucket that is not gone as a whole stays
+    stays &= places < counts
+    kept_here = stays.sum(dim=1, keepdim=True)
+    last = values.gather(1, (kept_here - 1).clamp_(min=0))  # an empty bucket: nothing was dropped
+    kept = (bucket < cut) | (member & (scores >= last))
+    surplus = ((values == last) & (places < counts)).sum(dim=1) - ((values == last) & stays).sum(dim=1)
+    for row in surplus.nonzero().flatten().tolist():
+        ties = (member[row] & (scores[row] == last[row])).nonzero().flatten()
+        kept[row, ties[: int(surplus[row])]] = False
+    return kept

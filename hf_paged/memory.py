@@ -1,0 +1,191 @@
+"""Who holds which page: the only writer of page tables.
+
+Paged KV storage after Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+SOSP 2023. Nothing here touches a tensor: a copy of a page is a value that the caller carries out in its store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hf_paged.pages import OutOfPages, PagePool
+from hf_paged.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """KV of page `source` must be copied to page `target` before the next write."""
+
+    source: int
+    target: int
+
+
+class Memory:
+    """Page tables of all sequences over one pool.
+
+    Args:
+        num_pages: pages in the pool.
+        page_size: tokens a page.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.pool = PagePool(num_pages)
+        self.page_size = page_size
+        self._sequences: set[Sequence] = set()
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens fill."""
+        return -(-tokens // self.page_size)
+
+    @property
+    def sequences(self) -> set[Sequence]:
+        """All open sequences."""
+        return self._sequences
+
+    @property
+    def live_tokens(self) -> int:
+        """Tokens with stored KV, over all sequences (a token that forks share counts once for each)."""
+        return sum(s.computed for s in self._sequences)
+
+    def open(self, tokens: list[int]) -> Sequence:
+        """A sequence over `tokens` (kept, not copied) that holds no page yet."""
+        sequence = Sequence(tokens)
+        self._sequences.add(sequence)
+        return sequence
+
+    def needed(self, sequence: Sequence, count: int) -> int:
+        """Pages that `reserve(sequence, count)` would take from the pool."""
+        if count == 1 and (index := sequence.computed // self.page_size) < len(sequence.pages):
+            return int(self.pool.count(sequence.pages[index]) > 1)
+        fresh = self.pages_for(sequence.computed + count) - len(sequence.pages)
+        return max(fresh, 0) + len(self._shared(sequence, sequence.computed, count))
+
+    def _shared(self, sequence: Sequence, start: int, count: int) -> list[int]:
+        """Indices of pages that `count` tokens from `start` on are written to and that others hold too."""
+        if count == 0:
+            return []
+        first, last = start // self.page_size, self.pages_for(start + count)
+        pages = sequence.pages
+        return [i for i in range(first, min(last, len(pages))) if self.pool.count(pages[i]) > 1]
+
+    def reserve(self, sequence: Sequence, count: int, start: int | None = None) -> list[PageCopy]:
+        """Make `count` slots of `sequence` writable.
+
+        Takes pages as needed. A page that is to be written and that others hold too is replaced by a copy.
+
+        Args:
+            start: the first of the slots, at most `sequence.computed`, which is the default. Less rewrites stored KV.
+        Returns:
+            the copies to carry out before anything is written.
+        Raises:
+            OutOfPages: the pool cannot give enough; nothing was changed.
+            ValueError: the sequence is closed, or `start` lies beyond its stored KV.
+        """
+        self._require_open(sequence)
+        start = sequence.computed if start is None else start
+        if not 0 <= start <= sequence.computed:
+            raise ValueError(f"start={start} is not allowed: 0 to {sequence.computed}")
+        shared = self._shared(sequence, start, count)
+        fresh = max(self.pages_for(start + count) - len(sequence.pages), 0)
+        if not fresh and not shared:
+            return []
+        taken = self.pool.take(fresh + len(shared))
+        copies = []
+        for index, page in zip(shared, taken, strict=False):
+            source = sequence.pages[index]
+            sequence.pages[index] = page
+            self.pool.release(source)
+            if index * self.page_size < sequence.computed:
+                copies.append(PageCopy(source, page))
+        sequence.pages.extend(taken[len(shared) :])
+        return copies
+
+    def commit(self, sequence: Sequence, count: int) -> None:
+        """Note that KV of the next `count` tokens is stored."""
+        end = sequence.computed + count
+        if count < 0 or end > len(sequence.tokens) or end > len(sequence.pages) * self.page_size:
+            raise ValueError(
+                f"count={count} cannot be committed: {sequence.computed} of {len(sequence.tokens)} tokens are computed, "
+                f"{len(sequence.pages)} pages of {self.page_size} are reserved"
+            )
+        sequence.computed = end
+
+    def rollback(self, sequence: Sequence, length: int) -> None:
+        """Forget stored KV from token `length` on and release the pages that nothing needs any more. Copies nothing."""
+        self._require_open(sequence)
+        if not 0 <= length <= sequence.computed:
+            raise ValueError(f"length={length} is not allowed: 0 to {sequence.computed}")
+        sequence.computed = length
+        keep = self.pages_for(length)
+        for page in reversed(sequence.pages[keep:]):
+            self.pool.release(page)
+        del sequence.pages[keep:]
+
+    def fork(self, sequence: Sequence, tokens: list[int] | None = None) -> Sequence:
+        """A new sequence that shares the pages of all computed tokens; the first to write a shared tail page copies it.
+
+        Args:
+            tokens: its tokens, which must begin with the computed ones. Default: a copy of the parent's.
+        """
+        self._require_open(sequence)
+        child = self.open(list(sequence.tokens) if tokens is None else tokens)
+        child.pages = sequence.pages[: self.pages_for(sequence.computed)]
+        for page in child.pages:
+            self.pool.share(page)
+        child.computed = sequence.computed
+        return child
+
+    def close(self, sequence: Sequence) -> list[int]:
+        """Release all pages. Closing twice is allowed.
+
+        Returns:
+            the pages that are free now.
+        """
+        pages, sequence.pages = sequence.pages, []
+        sequence.computed, sequence.open = 0, False
+        self._sequences.discard(sequence)
+        for page in pages:
+            self.pool.release(page)
+        return [page for page in pages if not self.pool.count(page)]
+
+    def repair(self, sequences: set[Sequence]) -> None:
+        """Keep just `sequences` and make the pool agree with their tables, after an interrupt inside a method."""
+        self._sequences = {s for s in sequences if s is not None and s.open}
+        for s in self._sequences:
+            s.computed = min(s.computed, len(s.pages) * self.page_size)
+        self.pool.rebuild(Counter(page for s in self._sequences for page in s.pages))
+
+    def waste(self) -> float:
+        """Share of the slots of pages in use that hold no live token, 0 to 1."""
+        used = Counter()
+        for s in self._sequences:
+            for i, page in enumerate(s.pages):
+                used[page] = max(used[page], min(max(s.computed - i * self.page_size, 0), self.page_size))
+        total = self.pool.used * self.page_size
+        return 1 - sum(used.values()) / total if total else 0.0
+
+    def check(self) -> None:
+        """Verify every law of pages and sequences.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        holders = Counter(page for s in self._sequences for page in s.pages)
+        self.pool.check(dict(holders))
+        for s in self._sequences:
+            if not s.open:
+                raise AssertionError("a closed sequence is still known")
+            if not 0 <= s.computed <= len(s.tokens):
+                raise AssertionError(f"computed {s.computed} of {len(s.tokens)} tokens")
+            if s.computed > len(s.pages) * self.page_size:
+                raise AssertionError(f"{s.computed} tokens do not fit {len(s.pages)} pages")
+            if len(set(s.pages)) != len(s.pages):
+                raise AssertionError(f"a page stands twice in one table: {s.pages}")
+
+    def _require_open(self, sequence: Sequence) -> None:
+        if not sequence.open:
+            raise ValueError("the sequence is closed")
+
+
+__all__ = ["Memory", "OutOfPages", "PageCopy"]

@@ -1,0 +1,140 @@
+"""A request and its rows, as the engine keeps them while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from hf_paged.params import SamplingParams
+from hf_paged.sampling import Pipeline, SamplingRow
+from hf_paged.sequence import Sequence
+from hf_paged.text import IncrementalText
+
+
+@dataclass(frozen=True)
+class RowHooks:
+    """What a front door adds to the rows of a request.
+
+    Attributes:
+        pipeline: processors of the scores, before those of `SamplingParams`.
+        stop: called after each token with the row; returns why it stops (a token id, a string or True) or None.
+        replace: called with the row and the token drawn for it; returns the token to append.
+        closing: called when the row is finished, before its pages are released.
+        keep_logits, keep_scores: keep the raw logits, or the processed scores, of every token.
+    """
+
+    pipeline: Pipeline | None = None
+    stop: Callable[[Row], int | str | bool | None] | None = None
+    replace: Callable[[Row, int], int] | None = None
+    closing: Callable[[Row], None] | None = None
+    keep_logits: bool = False
+    keep_scores: bool = False
+
+
+@dataclass(eq=False)
+class Row:
+    """One completion in the making.
+
+    Attributes:
+        tokens: prompt and output; the last one's KV is not stored yet.
+        sequence: its pages while it runs, None while it waits.
+        finish_reason: None while it is not finished.
+        text: decoded so far, where stop strings are looked for.
+        text_length: characters of the output's text before the stop string that ended it.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    sampling: SamplingRow
+    hooks: RowHooks
+    sequence: Sequence | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    text: IncrementalText | None = None
+    text_length: int | None = None
+    logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Generated token ids (the list that grows, not a copy)."""
+        return self.sampling.output_ids
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Who goes first: priority, then arrival."""
+        return (self.request.params.priority, self.request.number, self.index)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.sampling.output_ids.append(token)
+        self.sampling.position = len(self.tokens)
+
+    def output(self, text: str) -> CompletionOutput:
+        """What the caller gets of this row."""
+        asked = self.request.params.logprobs is not None
+        total = None
+        if self.logprobs:
+            total = sum(entry[token].raw for entry, token in zip(self.logprobs, self.output_ids, strict=True))
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=list(self.output_ids),
+            logprobs=self.logprobs if asked else None,
+            cumulative_logprob=total,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and the rows that continue it. `ended`: all of them are finished, or it was cancelled or failed.
+
+    `on_end` is called with the request when it ends.
+    """
+
+    request_id: str
+    number: int
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    metrics: RequestMetrics
+    rows: list[Row] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
+    error: Exception | None = None
+    ended: bool = False
+    on_end: Callable[[Request], None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(row.finish_reason for row in self.rows)
+
+    def output(self, text_of: Callable[[Row], str]) -> RequestOutput:
+        """The result: with `best_of`, the n rows of highest cumulative log-probability, else all, in order."""
+        outputs = [row.output(text_of(row)) for row in self.rows]
+        if self.params.num_samples > self.params.n:
+            outputs.sort(key=lambda o: -(o.cumulative_logprob if o.cumulative_logprob is not None else float("inf")))
+            outputs = outputs[: self.params.n]
+            for index, output in enumerate(outputs):
+                output.index = index
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids,
+            outputs=outputs,
+            prompt_logprobs=self.prompt_logprobs,
+            error=self.error,
+            metrics=self.metrics,
+            finished=self.finished,
+        )

@@ -1,0 +1,86 @@
+"""The K and V tensors of one model, in pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hf_paged.memory import PageCopy
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """KV of one layer and token: `kv_heads` heads, keys of `key_dim` and values of `value_dim` elements."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def elements(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that, on a CPU, cost memory only where they are written (fresh pages of the system are zero anyway)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
+class KVStore:
+    """Keys and values of one model, a tensor a layer: `[num_pages + 1, kv_heads, page_size, head_dim]`.
+
+    Heads lie outside slots, so that a page's keys of one head are one matrix: attention reads pages in place. Page 0
+    takes the writes that must go nowhere. Every slot holds finite numbers at all times (zeros at first; `scrub` after a
+    model went wrong), since attention multiplies masked slots by zero.
+
+    Args:
+        layers: shape of every layer.
+        num_pages: pages beside page 0.
+        page_size: tokens a page.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerShape],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers, self.num_pages, self.page_size, self.dtype = list(layers), num_pages, page_size, dtype
+        device = torch.device(device)
+        self.keys = [self._make(s.kv_heads, s.key_dim, device) for s in layers]
+        self.values = [self._make(s.kv_heads, s.value_dim, device) for s in layers]
+
+    def _make(self, heads: int, dim: int, device: torch.device) -> torch.Tensor:
+        return lazy_zeros((self.num_pages + 1, heads, self.page_size, dim), self.dtype, device)
+
+    @staticmethod
+    def page_bytes(layers: list[LayerShape], page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers."""
+        return sum(s.elements for s in layers) * page_size * dtype.itemsize
+
+    @property
+    def bytes_per_page(self) -> int:
+        return self.page_bytes(self.layers, self.page_size, self.dtype)
+
+    def copy(self, copies: list[PageCopy]) -> None:
+        """Carry out page copies in all layers."""
+        if not copies:
+            return
+        source = torch.tensor([c.source for c in copies], device=self.keys[0].device)
+        target = torch.tensor([c.target for c in copies], device=self.keys[0].device)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+    def scrub(self, pages: list[int]) -> None:
+        """Write zeros to `pages`: after a request whose model gave numbers that are not finite."""
+        if pages:
+            index = torch.tensor(pages, device=self.keys[0].device)
+            for tensor in (*self.keys, *self.values):
+                tensor.index_fill_(0, index, 0)

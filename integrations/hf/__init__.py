@@ -1,0 +1,1 @@
+"""Doors from transformers to the engine."""

@@ -1,0 +1,153 @@
+"""The seam with modelling code: keys and values go to pages, attention reads them there.
+
+`AttentionInterface` and `AttentionMaskInterface` take functions by name for the whole process. A name is registered per
+implementation that it stands over (`hf_paged_over_sdpa`, ...): called with ordinary tensors, by whoever uses the model
+in another thread meanwhile, it does what that implementation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import DynamicLayer
+
+from hf_paged.kernels import paged_attention, write_kv
+from hf_paged.plan import StepPlan
+from hf_paged.store import KVStore
+
+
+class CannotDrive(Exception):
+    """The engine cannot run this model's attention over pages; transformers' own loop can."""
+
+
+@dataclass(frozen=True, eq=False)
+class PagedView:
+    """What the model's attention gets in place of its keys and values: where they are."""
+
+    store: KVStore
+    plan: StepPlan
+    layer: int
+    fresh: tuple[torch.Tensor, torch.Tensor]
+
+
+class StepCache(Cache):
+    """The cache object of one packed forward: stores KV in the plan's slots and hands on a `PagedView`."""
+
+    def __init__(self, store: KVStore, plan: StepPlan) -> None:
+        super().__init__(layers=[DynamicLayer() for _ in store.layers])
+        self.store, self.plan = store, plan
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Keys and values `[1, kv_heads, tokens, dim]` go to their slots."""
+        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        write_kv(key, value, self.store.keys[layer_idx], self.store.values[layer_idx], self.plan.rows)
+        view = PagedView(self.store, self.plan, layer_idx, (key, value))
+        return view, view
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        return self.plan.tokens, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def _over(name: str, original: Callable) -> Callable:
+    """The attention function registered under `name`."""
+
+    def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+        if not isinstance(key, PagedView):
+            return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        for argument in ("position_bias", "alibi", "head_mask"):
+            if kwargs.get(argument) is not None:
+                raise CannotDrive(f"its attention takes {argument}")
+        pages = key.store.keys[key.layer], key.store.values[key.layer]
+        out = paged_attention(
+            query[0].transpose(0, 1),
+            *pages,
+            key.plan.rows,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            fresh=key.fresh,
+        )
+        return out[None], None
+
+    attention.__name__ = name
+    return attention
+
+
+def _register(implementation: str, module: nn.Module) -> str:
+    """Name under which paged attention over `implementation` is registered."""
+    name = f"hf_paged_over_{implementation}"
+    functions = AttentionInterface()
+    if name not in functions:
+        eager = getattr(__import__(type(module).__module__, fromlist=["x"]), "eager_attention_forward", None)
+        original = functions[implementation] if implementation in functions else eager
+        AttentionInterface.register(name, _over(name, original))
+        masks = AttentionMaskInterface()
+        if implementation in masks:
+            AttentionMaskInterface.register(name, masks[implementation])
+    return name
+
+
+@contextmanager
+def paged_attention_on(model: nn.Module) -> Iterator[None]:
+    """Switch the model's attention to pages, and its modules to evaluation; everything is as it was afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for config, implementation in before:
+            config._attn_implementation_internal = _register(implementation or "eager", model)
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        for module in training:
+            module.training = True
+
+
+class ModuleForward:
+    """Plan → logits through the model's own forward, for any model that calls the attention interface.
+
+    Args:
+        model: function that gives the model (so that an engine need not keep it alive).
+        store: KV of the model.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module], store: KVStore) -> None:
+        self.model, self.store = model, store
+
+    @torch.no_grad()
+    def __call__(self, plan: StepPlan) -> torch.Tensor:
+        """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
+        model = self.model()
+        tokens = plan.token_ids[None]
+        with paged_attention_on(model):
+            out = model(
+                input_ids=tokens,
+                position_ids=plan.positions[None],
+                attention_mask=tokens.new_zeros(
+                    1, 1, 1, 1
+                ),  # four axes: modelling code takes it as made, and makes none
+                past_key_values=StepCache(self.store, plan),
+                use_cache=True,
+                logits_to_keep=plan.logits_at,
+                return_dict=True,
+            )
+        logits = out.logits[0]
+        if logits.shape[0] != len(plan.logits_at):  # a model that takes only a count
+            logits = logits[plan.logits_at]
+        return logits.float()

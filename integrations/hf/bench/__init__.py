@@ -1,0 +1,1 @@
+"""Benchmarks: engines timed side by side on real requests."""

@@ -1,0 +1,5 @@
+"""The `hf-paged` command line: `demo`, `generate`, `bench`, `info`."""
+
+from hf_paged.integrations.cli.app import app, main
+
+__all__ = ["app", "main"]

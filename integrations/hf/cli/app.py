@@ -1,0 +1,25 @@
+"""The command tree. Each command's own module is imported when the command runs: `--help` must be quick."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_paged.integrations.cli import bench, demo, generate, info
+
+app = typer.Typer(
+    name="hf-paged",
+    help="Paged KV memory and continuous batching for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command(name="demo")(demo.demo)
+app.command(name="generate")(generate.generate)
+app.command(name="info")(info.info)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point of `hf-paged` and of `python -m hf_paged`."""
+    app(prog_name="hf-paged")

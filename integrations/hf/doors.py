@@ -1,0 +1,163 @@
+"""`enable()`: `model.generate(..., cache_implementation="paged")` runs on the model's engine."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from hf_paged.config import EngineConfig
+from hf_paged.integrations.fallback import make_cache
+from hf_paged.integrations.generate import run_prepared
+
+logger = logging.getLogger("hf_paged")
+_lock = threading.Lock()
+
+
+def enable(**settings: Any) -> None:
+    """Make `generate` take `cache_implementation="paged"` as a request for hf_paged. Every other call is untouched.
+
+    Calling it again changes the settings; `disable` undoes it.
+
+    Args:
+        settings: fields of `EngineConfig`, for the engines of all models; `cache_config={...}` of a call goes before.
+
+    Raises:
+        ValueError: an unknown or bad setting.
+    """
+    EngineConfig.from_dict(settings)
+    with _lock:
+        current = GenerationMixin.generate
+        original = getattr(current, "_hf_paged_original", current)
+        GenerationMixin.generate = _wrap(original, dict(settings))
+
+
+def disable() -> None:
+    """Put transformers' own `generate` back. Engines live on with their models."""
+    with _lock:
+        original = getattr(GenerationMixin.generate, "_hf_paged_original", None)
+        if original is not None:
+            GenerationMixin.generate = original
+
+
+def _wrap(original: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate(self: nn.Module, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.get("cache_implementation")
+        if wanted is None:
+            chosen = generation_config if generation_config is not None else self.generation_config
+            wanted = getattr(chosen, "cache_implementation", None)
+        if wanted != "paged":
+            return original(self, inputs, generation_config, *args, **kwargs)
+        names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
+        names += ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
+        kwargs.update(zip(names, args, strict=False))
+        return PagedCall(original, self, settings, generation_config, kwargs).run(inputs)
+
+    generate._hf_paged_original = original
+    return generate
+
+
+class PagedCall:
+    """One call of `generate` with `cache_implementation="paged"`: to the engine, or to transformers' own loop.
+
+    Args:
+        original: transformers' `generate`.
+        settings: of `enable`.
+        generation_config: as given by the caller, who may have given none.
+        kwargs: all other arguments by name.
+    """
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        model: nn.Module,
+        settings: dict[str, Any],
+        generation_config: Any,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.original, self.model, self.kwargs = original, model, kwargs
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a "
+                "Cache object) is unsupported. Please use only one of the two."
+            )
+        kwargs.pop("cache_implementation", None)
+        chosen = generation_config if generation_config is not None else model.generation_config
+        engine_settings = kwargs.pop("cache_config", None) or getattr(chosen, "cache_config", None) or {}
+        self.config = EngineConfig.from_dict({**settings, **engine_settings})
+        if generation_config is None and getattr(chosen, "cache_implementation", None) is None:
+            self.generation_config = None
+        else:
+            self.generation_config = copy.deepcopy(chosen)
+            self.generation_config.cache_implementation = self.generation_config.cache_config = None
+
+    def run(self, inputs: Any) -> Any:
+        # What the call amounts to, once its own settings and the model's are put together.
+        settings = {k: v for k, v in self.kwargs.items() if k not in ("tokenizer", "assistant_tokenizer")}
+        effective, _ = self.model._prepare_generation_config(self.generation_config, **settings)
+        reason = self._why_not(effective)
+        if reason is not None:
+            return self._loop(inputs, effective, reason)
+        kwargs = self._with_stop_strings(effective)
+        streamer = kwargs.get("streamer")
+
+        def engine(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            return run_prepared(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                self.config,
+                streamer,
+                model_kwargs,
+            )
+
+        kwargs["custom_generate"] = engine
+        return self.original(self.model, inputs, self.generation_config, **kwargs)
+
+    def _why_not(self, effective: Any) -> str | None:
+        """Why transformers' own loop must run the whole call; None where the engine may."""
+        mode = effective.get_generation_mode(self.kwargs.get("assistant_model"))
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return f"it is {mode.value}"
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            return "the model is an encoder-decoder"
+        for name in ("synced_gpus", "custom_generate", "negative_prompt_ids", "negative_prompt_attention_mask"):
+            value = self.kwargs.get(name)
+            if value is not None and value is not False:
+                return f"{name} is given"
+        return "use_cache is False" if effective.use_cache is False else None
+
+    def _loop(self, inputs: Any, effective: Any, reason: str) -> Any:
+        logger.info("transformers' own loop runs this call: %s", reason)
+        kwargs = dict(self.kwargs)
+        cache = make_cache(self.model, self.config) if effective.use_cache is not False else None
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return self.original(self.model, inputs, self.generation_config, **kwargs)
+
+    def _with_stop_strings(self, effective: Any) -> dict[str, Any]:
+        """The arguments, with `stop_strings` as a criterion: a callable strategy loses the tokenizer on its way."""
+        kwargs = dict(self.kwargs)
+        tokenizer = kwargs.pop("tokenizer", None)
+        strings = effective.stop_strings
+        if not strings or tokenizer is None:
+            return kwargs
+        if kwargs.pop("stop_strings", None) is None:
+            if self.generation_config is None:
+                self.generation_config = copy.deepcopy(self.model.generation_config)
+            self.generation_config.stop_strings = None
+        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or ())
+        criteria.append(StopStringCriteria(tokenizer, strings))
+        kwargs["stopping_criteria"] = criteria
+        return kwargs

@@ -1,0 +1,355 @@
+"""`Engine`: continuous batching over a transformers model, for whoever does not come through `generate`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hf_paged.config import EngineConfig, available_memory
+from hf_paged.engine import CoreSettings, EngineCore, StepResult
+from hf_paged.integrations.inspect import ModelFacts, PagedForward, model_facts, verify_forward
+from hf_paged.kernels import choose_backend
+from hf_paged.outputs import RequestMetrics, RequestOutput, TokenEvent
+from hf_paged.params import SamplingParams
+from hf_paged.request import Request, Row
+from hf_paged.seeds import draw_seed, mix_seed
+from hf_paged.stats import EngineStats
+from hf_paged.store import KVStore
+from hf_paged.text import IncrementalText
+
+Prompt = str | Sequence[int]
+
+
+def pool_pages(config: EngineConfig, facts: ModelFacts) -> int:
+    """Pages of the pool: as asked, or what the memory fraction holds."""
+    if config.num_pages is not None:
+        return config.num_pages
+    page = KVStore.page_bytes(list(facts.layers), config.page_size, facts.dtype)
+    if facts.device.type == "cuda":
+        free, fraction = torch.cuda.mem_get_info(facts.device)[0], config.memory_fraction or 0.8
+    else:
+        free, fraction = available_memory(), config.memory_fraction or 0.4
+    return max(int(free * fraction) // page, 1)
+
+
+class Engine:
+    """Runs any number of requests on one model, batched continuously over paged KV memory.
+
+    A token depends on the model, its prompt, its parameters and its seed only. Safe to call from several threads:
+    their requests share batches. `with Engine(...) as engine:` closes it.
+
+    Args:
+        model: a causal language model with attention in every layer.
+        config: an `EngineConfig`, or a dict of its fields.
+        tokenizer: needed for prompts given as text, for `stop` and `bad_words`, and for texts in results.
+        draft_model: not available yet: only None is taken.
+        settings: fields of `EngineConfig`, instead of `config`.
+
+    Raises:
+        ValueError: a bad setting, or a model that cannot be driven (the message says why).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: EngineConfig | dict[str, Any] | None = None,
+        *,
+        tokenizer: Any = None,
+        draft_model: Any = None,
+        model_ref: Callable[[], torch.nn.Module] | None = None,
+        **settings: Any,
+    ) -> None:
+        if draft_model is not None:
+            raise ValueError(
+                f"draft_model={type(draft_model).__name__}: speculation is not available yet, leave it out"
+            )
+        if config is not None and settings:
+            raise ValueError(f"give config or {', '.join(settings)}, not both")
+        if not isinstance(config, EngineConfig):
+            config = EngineConfig.from_dict(dict(config or settings))
+        self.config, self.tokenizer = config, tokenizer
+        self.facts = model_facts(model)
+        verify_forward(model, self.facts)
+        self.backend, self.backend_reason = choose_backend(config.backend, self.facts.device.type)
+        layers = list(self.facts.layers)
+        self.store = KVStore(
+            layers, pool_pages(config, self.facts), config.page_size, self.facts.dtype, self.facts.device
+        )
+        self.forward = PagedForward(model_ref or (lambda: model), self.store)
+        self.core = EngineCore(
+            self.forward,
+            self.store,
+            self._settings(),
+            decode=self._decode if tokenizer is not None else None,
+            encode=self._encode if tokenizer is not None else None,
+            device=self.facts.device,
+        )
+        self.lock = threading.RLock()
+        self._submitted: set[Request] = set()
+        self._finished: list[RequestOutput] = []
+        self._closed = False
+
+    def _settings(self) -> CoreSettings:
+        config, facts = self.config, self.facts
+        return CoreSettings(
+            max_batch_tokens=config.max_batch_tokens or (512 if facts.device.type == "cpu" else 8192),
+            max_sequences=config.max_sequences,
+            max_model_len=config.max_model_len or facts.max_positions or 1 << 60,
+            vocab_size=facts.vocab_size,
+            eos_ids=facts.eos_ids,
+            check=config.check,
+        )
+
+    # -- whole calls
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        raise_errors: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer prompts; results in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            sampling_params: for all prompts, or one for each. Default: `SamplingParams()`.
+            use_tqdm: show progress.
+            raise_errors: raise the first error instead of leaving it in `RequestOutput.error`.
+        """
+        prompts = self._listed(prompts)
+        results: list[RequestOutput | None] = [None] * len(prompts)
+        bar = None
+        if use_tqdm:
+            from tqdm.auto import tqdm
+
+            bar = tqdm(total=len(prompts), unit="request")
+        for index, output in self._run(prompts, sampling_params):
+            if raise_errors and output.error is not None:
+                raise output.error
+            results[index] = output
+            if bar is not None:
+                bar.update()
+        if bar is not None:
+            bar.close()
+        return results
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As `generate`, but yields each result as soon as it is finished. Closing the iterator cancels the rest."""
+        for _, output in self._run(self._listed(prompts), sampling_params):
+            yield output
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Tokens of one prompt as they come. Closing the iterator cancels the request."""
+        with self.lock:
+            request = self._submit_one(prompt, sampling_params)
+        texts = [IncrementalText(self._decode) if self.tokenizer else None for _ in request.rows]
+        sent = [0] * len(request.rows)
+        try:
+            while True:
+                done = request.ended
+                for row in request.rows:
+                    yield from self._events(row, texts[row.index], sent)
+                if done:
+                    break
+                with self.lock:
+                    if not request.ended:
+                        self._step()
+        finally:
+            self.drop([request])
+        if request.error is not None:
+            raise request.error
+
+    def _events(self, row: Row, text: IncrementalText | None, sent: list[int]) -> Iterator[TokenEvent]:
+        tokens, ended = list(row.output_ids), row.finish_reason
+        for at in range(sent[row.index], len(tokens)):
+            last = ended if at == len(tokens) - 1 else None
+            piece = text.update(tokens[: at + 1], final=last is not None) if text else ""
+            if row.text_length is not None:
+                piece = piece[: max(0, row.text_length - (len(text.text) - len(piece)))]
+            logprob = row.logprobs[at][tokens[at]] if len(row.logprobs) > at else None
+            yield TokenEvent(row.request.request_id, row.index, tokens[at], piece, logprob, last)
+        sent[row.index] = len(tokens)
+
+    # -- the loop, for whoever owns it
+
+    def submit(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> str:
+        """Queue a prompt for `step`.
+
+        Returns:
+            the request's id.
+        Raises:
+            ValueError: it cannot be served; the message says why.
+        """
+        with self.lock:
+            request = self._submit_one(prompt, sampling_params, request_id)
+            self._submitted.add(request)
+            return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; results of submitted requests that have ended since the last call."""
+        with self.lock:
+            if self.core.has_work:
+                self._step()
+            finished, self._finished = self._finished, []
+            return finished
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now. False: there is none of this id under way."""
+        with self.lock:
+            return self.core.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to give."""
+        return self.core.has_work or bool(self._finished)
+
+    # -- sight
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made, or since `reset_stats`."""
+        return self.core.stats()
+
+    def reset_stats(self) -> None:
+        """Begin counting anew."""
+        self.core.recorder.reset()
+
+    def check(self) -> None:
+        """Verify the laws of memory; raises AssertionError where one does not hold."""
+        with self.lock:
+            self.core.check()
+
+    def close(self) -> None:
+        """Cancel what runs and free the KV memory."""
+        with self.lock:
+            for request in list(self.core.requests):
+                self.core.cancel(request.request_id)
+            self.store.keys, self.store.values, self._closed = [], [], True
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- inside
+
+    def begin(self) -> None:
+        """Before requests are queued: refuse when closed, look at the model anew when nothing runs."""
+        if self._closed:
+            raise ValueError("the engine is closed")
+        if not self.core.busy:
+            self.forward.refresh()
+
+    def _draws(self, params: SamplingParams) -> bool:
+        """Whether such a request needs a seed from torch's generator."""
+        return params.seed is None and self.config.seed is None and not params.greedy
+
+    def _listed(self, prompts: Any) -> list[Prompt]:
+        if isinstance(prompts, torch.Tensor):
+            prompts = prompts.tolist()
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            return [prompts]
+        return [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
+
+    def _submit_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None = None) -> Request:
+        self.begin()
+        params = params or SamplingParams()
+        return self._submit(prompt, params, draw_seed() if self._draws(params) else 0, 0, request_id)
+
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, base: int, index: int, request_id: str | None = None
+    ) -> Request:
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None:
+            if self.tokenizer is None:
+                raise ValueError("a prompt given as text needs a tokenizer: give the engine one, or token ids")
+            prompt = self.tokenizer(text)["input_ids"]
+        if params.seed is not None:
+            seed = params.seed
+        elif self.config.seed is not None:
+            seed = mix_seed(self.config.seed, self.core.submitted)
+        else:
+            seed = mix_seed(base, index)
+        return self.core.submit(prompt, params, seed=seed, prompt=text, request_id=request_id)
+
+    def _run(self, prompts: list[Prompt], params: Any) -> Iterator[tuple[int, RequestOutput]]:
+        """Queue all, step until all have ended; yields index and result in order of their end."""
+        params = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(params)} entries for {len(prompts)} prompts: give one, or as many"
+            )
+        pending: dict[Request, int] = {}
+        ended: list[Request] = []
+        refused = []
+        try:
+            with self.lock:
+                self.begin()
+                base = draw_seed() if any(self._draws(p) for p in params) else 0
+                for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+                    try:
+                        request = self._submit(prompt, param, base, index)
+                        request.on_end = ended.append
+                        pending[request] = index
+                    except ValueError as error:
+                        refused.append((index, _refused(prompt, index, error)))
+            yield from refused
+            while pending:
+                with self.lock:
+                    if not ended:
+                        self._step()
+                    outputs = [(pending.pop(request), request.output(self._text)) for request in ended]
+                    ended.clear()
+                yield from outputs
+        finally:
+            self.drop(list(pending))
+
+    def advance(self, requests: list[Request]) -> None:
+        """Compute one batch, unless another thread has just brought all of `requests` to their end."""
+        with self.lock:
+            if not all(request.ended for request in requests):
+                self._step()
+
+    def _step(self) -> StepResult:
+        result = self.core.step()
+        for request in result.finished:
+            if request in self._submitted:
+                self._submitted.discard(request)
+                self._finished.append(request.output(self._text))
+        return result
+
+    def drop(self, requests: list[Request]) -> None:
+        """Cancel those that have not ended."""
+        with self.lock:
+            for request in requests:
+                if not request.ended:
+                    self.core.cancel(request.request_id)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _text(self, row: Row) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = self._decode(row.output_ids)
+        return text if row.text_length is None else row.text.text[: row.text_length]
+
+
+def _refused(prompt: Prompt, index: int, error: Exception) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    ids = [] if isinstance(prompt, str) else list(prompt)
+    return RequestOutput(f"refused-{index}", text, ids, [], None, error, RequestMetrics(0.0), True)

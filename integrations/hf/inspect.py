@@ -1,0 +1,143 @@
+"""What a model is: shapes of its KV, limits, ids; and whether the engine can drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_paged.integrations.attention import CannotDrive, ModuleForward
+from hf_paged.integrations.lean import LeanForward
+from hf_paged.memory import Memory
+from hf_paged.plan import PlanRow, build_plan
+from hf_paged.store import KVStore, LayerShape
+
+DRIVABLE_LAYERS = ("full_attention", "sliding_attention", "attention")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Shapes and limits of a causal language model.
+
+    Attributes:
+        layers: KV shape of every layer.
+        dtype, device: of its KV.
+        vocab_size: ids that its embedding takes.
+        max_positions: tokens that it was made for, or None.
+        eos_ids: ids that end a text, from its generation config.
+    """
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_positions: int | None
+    eos_ids: tuple[int, ...]
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """Read the facts off the model and one forward of two tokens with its default cache.
+
+    Raises:
+        CannotDrive: it has no causal attention in every layer, or no cache of keys and values.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CannotDrive("it is an encoder-decoder")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    odd = sorted(kinds - set(DRIVABLE_LAYERS))
+    if odd:
+        raise CannotDrive(f"it has layers of type {', '.join(odd)}")
+    embedding = model.get_input_embeddings()
+    with torch.no_grad(), _evaluating(model):
+        ids = torch.zeros(1, 2, dtype=torch.long, device=embedding.weight.device)
+        cache = getattr(model(input_ids=ids, use_cache=True, return_dict=True), "past_key_values", None)
+    layers = []
+    for layer in getattr(cache, "layers", ()):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or not isinstance(values, torch.Tensor):
+            raise CannotDrive("its cache holds more than keys and values")
+        layers.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]))
+    if not layers:
+        raise CannotDrive("it has no cache of keys and values")
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    return ModelFacts(
+        layers=tuple(layers),
+        dtype=keys.dtype,
+        device=embedding.weight.device,
+        vocab_size=embedding.num_embeddings,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        eos_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
+    )
+
+
+class _evaluating:
+    """Modules in evaluation mode inside, as they were outside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.training = [module for module in model.modules() if module.training]
+
+    def __enter__(self) -> None:
+        for module in self.training:
+            module.training = False
+
+    def __exit__(self, *exc) -> None:
+        for module in self.training:
+            module.training = True
+
+
+class PagedForward:
+    """Plan → logits, the lean way where the model allows it, else through its own forward.
+
+    `refresh` looks at the model again: adapters, hooks or patched modules may have come or gone.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module], store: KVStore) -> None:
+        self.model, self.store = model, store
+        self.refresh()
+
+    def refresh(self) -> None:
+        lean = LeanForward.build(self.model(), self.store)
+        self.run = lean if lean is not None else ModuleForward(self.model, self.store)
+
+    def __call__(self, plan) -> torch.Tensor:
+        return self.run(plan)
+
+
+def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
+    """Hold packed, paged logits of a few tokens in two rows, in two steps, against the model's own, a row at a time.
+
+    Raises:
+        CannotDrive: they differ, or the model's code cannot work on pages.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    length = window + 3 if isinstance(window, int) and 0 < window <= 64 else 5
+    rows = [[(7 * i + 3) % facts.vocab_size for i in range(length)], [(5 * i + 1) % facts.vocab_size for i in range(3)]]
+    store = KVStore(list(facts.layers), 2 * length + 8, 2, facts.dtype, facts.device)
+    forward, memory = PagedForward(lambda: model, store), Memory(store.num_pages, store.page_size)
+    sequences = [memory.open(list(row)) for row in rows]
+    got = []
+    try:
+        for counts in ([length - 1, 2], [1, 1]):
+            for sequence, count in zip(sequences, counts, strict=True):
+                memory.reserve(sequence, count)
+            plan = build_plan([PlanRow(None, s, n, 1) for s, n in zip(sequences, counts, strict=True)], 2, facts.device)
+            got.append(forward(plan))
+            for sequence, count in zip(sequences, counts, strict=True):
+                memory.commit(sequence, count)
+    except CannotDrive:
+        raise
+    except Exception as error:
+        raise CannotDrive(f"its code does not work on pages ({type(error).__name__}: {error})") from error
+    with torch.no_grad(), _evaluating(model):
+        for i, row in enumerate(rows):
+            ids = torch.tensor([row], device=facts.device)
+            own = model(input_ids=ids, return_dict=True).logits[0, -2:].float()
+            ours = torch.stack([part[i] for part in got])
+            tolerance = 2e-3 if facts.dtype == torch.float32 else 5e-2
+            if not torch.allclose(ours, own, atol=tolerance * float(own.abs().max() + 1e-3), rtol=tolerance):
+                worst = float((ours - own).abs().max())
+                raise CannotDrive(f"paged logits differ from its own by {worst:.3g}")

@@ -1,0 +1,163 @@
+"""A lean forward for the Llama family: the model's own weights, without the modules' overhead.
+
+It reads parameters where they are at every step, so weights that change in place, or are replaced, are honoured. Modules
+of any other make (adapters, quantised layers, hooks) make `LeanForward.build` decline: the model's own forward runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_paged.integrations.linear import linear_backend
+from hf_paged.kernels import paged_attention, write_kv
+from hf_paged.plan import StepPlan
+from hf_paged.store import KVStore
+
+# Models whose forward is what `LeanForward` computes: pre-norm blocks of rotary attention and gated MLP.
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def _plain(module: nn.Module, kind: type | str) -> bool:
+    """Whether `module` is exactly of this kind, with its own forward and no hooks."""
+    same = type(module).__name__.endswith(kind) if isinstance(kind, str) else type(module) is kind
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return same and "forward" not in vars(module) and not any(hooks)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Parameters of one block, looked up in the modules' own dicts at every use."""
+
+    norm: nn.Module
+    attention: nn.Module
+    mlp_norm: nn.Module
+    mlp: nn.Module
+    window: int | None
+
+    def parts(self) -> list[nn.Module]:
+        a, m = self.attention, self.mlp
+        return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+    def norms(self) -> list[nn.Module]:
+        extra = [getattr(self.attention, name) for name in ("q_norm", "k_norm") if hasattr(self.attention, name)]
+        return [self.norm, self.mlp_norm, *extra]
+
+    def plain(self) -> bool:
+        linears = all(_plain(part, nn.Linear) for part in self.parts())
+        blocks = _plain(self.attention, "Attention") and _plain(self.mlp, "MLP")
+        silu = type(self.mlp.act_fn).__name__ in ("SiLUActivation", "SiLU") and _plain(self.mlp.act_fn, "")
+        return linears and blocks and silu and all(_plain(norm, "RMSNorm") for norm in self.norms())
+
+
+class LeanForward:
+    """Plan → logits for one model of `FAMILIES`. Made by `build`.
+
+    Args:
+        model: the causal model; only its submodules are kept, so that a model can be freed while its engine lives.
+        store: KV of the model.
+    """
+
+    def __init__(self, model: nn.Module, store: KVStore) -> None:
+        body = model.model
+        self.store = store
+        self.embed, self.norm, self.rotary, self.head = (
+            body.embed_tokens,
+            body.norm,
+            body.rotary_emb,
+            model.lm_head,
+        )
+        self.layers = [
+            Layer(
+                layer.input_layernorm,
+                layer.self_attn,
+                layer.post_attention_layernorm,
+                layer.mlp,
+                getattr(layer.self_attn, "sliding_window", None) or _window(model.config, index),
+            )
+            for index, layer in enumerate(body.layers)
+        ]
+        self.scale = body.layers[0].self_attn.scaling
+        self.head_dim = body.layers[0].self_attn.head_dim
+        self.ops = linear_backend(self.embed.weight)
+
+    @classmethod
+    def build(cls, model: nn.Module, store: KVStore) -> LeanForward | None:
+        """A lean forward for `model`, or None where its own forward must run."""
+        if type(model).__name__ not in FAMILIES or not _plain(model, "ForCausalLM"):
+            return None
+        body = model.model
+        outer = _plain(body, "Model") and all(_plain(layer, "DecoderLayer") for layer in body.layers)
+        ends = _plain(body.embed_tokens, nn.Embedding) and _plain(model.lm_head, nn.Linear)
+        ends = ends and _plain(body.norm, "RMSNorm") and _plain(body.rotary_emb, "RotaryEmbedding")
+        devices = {p.device for p in model.parameters()}
+        dtypes = {p.dtype for p in model.parameters()}
+        if not (outer and ends and len(devices) == 1 and len(dtypes) == 1):
+            return None
+        forward = cls(model, store)
+        return forward if all(layer.plain() for layer in forward.layers) else None
+
+    @torch.no_grad()
+    def __call__(self, plan: StepPlan) -> torch.Tensor:
+        """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
+        hidden = F.embedding(plan.token_ids, self.embed.weight)
+        cos, sin = self._rotation(hidden, plan.positions)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            mixed = self._attention(index, layer, hidden, cos, sin, plan)
+            if index == last and len(plan.logits_at) < plan.tokens:
+                # Nothing reads the other tokens any more: their KV is stored.
+                hidden, mixed = hidden[plan.logits_at], mixed[plan.logits_at]
+            hidden = self.ops.add(mixed, layer.attention.o_proj, hidden)
+            normed = _rms_norm(hidden, layer.mlp_norm)
+            gate = self.ops.silu(normed, layer.mlp.gate_proj)
+            hidden = self.ops.add(self.ops.mul(normed, layer.mlp.up_proj, gate), layer.mlp.down_proj, hidden)
+        return self.ops.linear(_rms_norm(hidden, self.norm), self.head).float()
+
+    def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines, `[tokens, 1, head_dim]`: rotating is `x * cos + roll(x, half) * sin`."""
+        cos, sin = self.rotary(hidden[None], positions[None])
+        half = cos.shape[-1] // 2
+        sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
+        return cos[0, :, None], sin[:, None]
+
+    def _attention(self, index: int, layer: Layer, hidden, cos, sin, plan: StepPlan) -> torch.Tensor:
+        """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""
+        attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
+        normed = _rms_norm(hidden, layer.norm)
+        query = self.ops.linear(normed, attention.q_proj).view(tokens, -1, dim)
+        key = self.ops.linear(normed, attention.k_proj).view(tokens, -1, dim)
+        value = self.ops.linear(normed, attention.v_proj).view(tokens, -1, dim)
+        if "q_norm" in attention._modules:
+            query, key = _rms_norm(query, attention.q_norm), _rms_norm(key, attention.k_norm)
+        query = torch.addcmul(query * cos, query.roll(dim // 2, -1), sin)
+        key = torch.addcmul(key * cos, key.roll(dim // 2, -1), sin)
+        pages = self.store.keys[index], self.store.values[index]
+        write_kv(key, value, *pages, plan.rows)
+        out = paged_attention(query, *pages, plan.rows, scale=self.scale, window=layer.window, fresh=(key, value))
+        return out.view(tokens, -1)
+
+
+def _window(config, index: int) -> int | None:
+    """Sliding window of a layer, as the model's mask would have it."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is not None:
+        return window if kinds[index] == "sliding_attention" else None
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def _rms_norm(hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    """Zhang and Sennrich, NeurIPS 2019; in float32 and back, as the modules do."""
+    weight = norm._parameters["weight"]
+    if hidden.dtype == torch.float32:
+        return F.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)
+    return weight * F.rms_norm(hidden.float(), weight.shape, None, norm.variance_epsilon).to(hidden.dtype)

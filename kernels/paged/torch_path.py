@@ -1,0 +1,106 @@
+"""Paged attention in torch: decodes of all rows at once, with pages read in place; longer queries a row at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
+from hf_paged.kernels.rows import PagedRows
+
+
+def paged_attention(
+    query, key_pages, value_pages, rows: PagedRows, *, scale, window=None, softcap=None, sinks=None, fresh=None
+) -> torch.Tensor:
+    """See `hf_paged.kernels.paged_attention`."""
+    n = rows.num_decodes
+    if n == query.shape[0]:
+        return _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
+    out = query.new_empty(*query.shape[:2], value_pages.shape[-1])
+    if n:
+        out[:n] = _decode(query[:n], key_pages, value_pages, rows, scale, window, softcap, sinks)
+    start = n
+    for row in range(n, len(rows.query_lens)):
+        end = start + int(rows.query_lens[row])
+        context = int(rows.context_lens[row])
+        if fresh is not None and context == end - start:
+            key, value = (t[start:end].transpose(0, 1) for t in fresh)
+        else:
+            key, value = (_gather(pages, rows, row, context) for pages in (key_pages, value_pages))
+        out[start:end] = _extend(query[start:end], key, value, scale, window, softcap, sinks)
+        start = end
+    return out
+
+
+def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) -> torch.Tensor:
+    """One query a row: products are batched over pages, the softmax over rows. `[rows, heads, value_dim]`."""
+    index: DecodeIndex = rows.derived(("decode", window), lambda: build_decode_index(rows, window, query.device))
+    n, heads, dim = query.shape
+    kv_heads, size = key_pages.shape[1], rows.page_size
+    keys, values = index.select(key_pages), index.select(value_pages)
+    pages = keys.shape[0]
+    query = (query * scale).reshape(n, -1).index_select(0, index.owner).view(pages * kv_heads, heads // kv_heads, dim)
+    scores = torch.bmm(query, keys.reshape(pages * kv_heads, size, dim).transpose(1, 2)).view(pages, heads * size)
+    weights = []
+    for group in index.groups:
+        part = scores.index_select(0, group.pages).view(group.rows, group.width, heads, size).transpose(1, 2)
+        part = part.reshape(group.rows, heads, group.width * size)
+        if softcap is not None:
+            part = part.div_(softcap).tanh_().mul_(softcap)
+        part = _softmax(part.add_(group.bias.to(part.dtype)), sinks)
+        weights.append(part.view(group.rows, heads, group.width, size).transpose(1, 2).reshape(-1, heads * size))
+    weights = weights[0] if len(weights) == 1 else torch.cat(weights)
+    weights = weights.index_select(0, index.back).view(pages * kv_heads, heads // kv_heads, size)
+    parts = torch.bmm(weights, values.reshape(pages * kv_heads, size, -1)).view(pages, -1)
+    return index.sum(parts).view(n, heads, -1)
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last axis of `[rows, heads, keys]`, with a sink a head that takes its share and is dropped."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.to(scores.dtype).view(1, -1, 1).expand(scores.shape[0], -1, 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+def _gather(pages: torch.Tensor, rows: PagedRows, row: int, context: int) -> torch.Tensor:
+    """Keys or values of one row as `[kv_heads, context, dim]`."""
+
+    def index() -> torch.Tensor:
+        return torch.from_numpy(rows.page_table[row, : -(-context // rows.page_size)]).to(pages.device)
+
+    taken = pages.index_select(0, rows.derived(("pages", row), index))
+    return taken.transpose(0, 1).reshape(pages.shape[1], -1, pages.shape[-1])[:, :context]
+
+
+def _extend(query, key, value, scale, window, softcap, sinks) -> torch.Tensor:
+    """Queries `[n, heads, dim]` over one row's `[kv_heads, context, dim]`, of which the last n are their own keys."""
+    length, context = query.shape[0], key.shape[1]
+    plain = window is None or context <= window
+    query = query.transpose(0, 1)
+    if softcap is None and sinks is None:
+        causal = plain and length == context
+        mask = None if causal or (plain and length == 1) else _mask(length, context, window, query.device)
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    heads = query.shape[0]
+    grouped = query.reshape(key.shape[0], -1, query.shape[-1])
+    scores = (torch.matmul(grouped, key.transpose(1, 2)) * scale).view(heads, length, context)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_mask(length, context, window, query.device), -torch.inf).transpose(0, 1)
+    weights = _softmax(scores.float(), sinks).to(query.dtype).transpose(0, 1).reshape(key.shape[0], -1, context)
+    return torch.matmul(weights, value).view(heads, length, -1).transpose(0, 1)
+
+
+def _mask(length: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """True where query `i` (token `context - length + i`) may see key `j`. Bool `[length, context]`."""
+    query = np.arange(context - length, context)[:, None]
+    key = np.arange(context)
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    return torch.from_numpy(seen).to(device)
