@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 from hf_paged.params import SamplingParams
 
@@ -31,9 +32,12 @@ def checked_prompt(prompt_ids: Sequence[int], capacity: Capacity) -> list[int]:
     """The prompt as a list of ints.
 
     Raises:
-        ValueError: it is empty, or a token id lies outside the vocabulary.
+        ValueError: it is empty, or holds something other than a token id of the vocabulary.
     """
-    ids = [int(token) for token in prompt_ids]
+    try:
+        ids = [index(token) for token in prompt_ids]
+    except TypeError as error:
+        raise ValueError(f"the prompt must be a text or a list of token ids, which are ints: {error}") from None
     if not ids:
         raise ValueError("the prompt is empty: at least one token is needed")
     low, high = min(ids), max(ids)
@@ -60,3 +64,17 @@ def checked_length(length: int, params: SamplingParams, capacity: Capacity) -> i
             f"the prompt has {length} tokens and max_tokens={params.max_tokens}: {which} allows {limit} tokens in all"
         )
     return params.max_tokens
+
+
+def bad_word_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of words that may not be generated, each as it stands at the beginning of a text and behind a space.
+
+    As in vLLM, the second form counts where it is a token sequence of its own: of the same length, beginning otherwise.
+    """
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain, spaced = tuple(encode(word)), tuple(encode(" " + word.lstrip()))
+        found.append(plain)
+        if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+            found.append(spaced)
+    return tuple(ids for ids in found if ids)

@@ -30,8 +30,8 @@ class EngineConfig:
             device memory (default 0.8), taken at once; on a CPU a share of the available memory (default 0.4), as an
             upper limit: pages cost memory only once they are written.
         max_model_len: tokens a sequence may have, prompt included. Default: the model's position limit.
-        max_batch_tokens: tokens computed in one step (prompt chunks and decodes together). Default 512 on a CPU, 8192 on
-            CUDA.
+        max_batch_tokens: tokens computed in one step (prompt chunks and decodes together). Default 512 on a CPU, 8192
+            on CUDA.
         max_sequences: sequences that run at the same time.
         seed: from which the seeds of requests without one derive. Default: drawn from torch's global generator, so that
             `torch.manual_seed` makes runs repeatable.

@@ -45,8 +45,14 @@ class Memory:
 
     @property
     def live_tokens(self) -> int:
-        """Tokens with stored KV, over all sequences (a token that forks share counts once for each)."""
-        return sum(s.computed for s in self._sequences)
+        """Slots that hold a token's KV (those of a page that forks share count once)."""
+        if not self.pool.shared:
+            return sum(s.computed for s in self._sequences)
+        filled: Counter[int] = Counter()
+        for s in self._sequences:
+            for i, page in enumerate(s.pages):
+                filled[page] = max(filled[page], min(max(s.computed - i * self.page_size, 0), self.page_size))
+        return filled.total()
 
     def open(self, tokens: list[int]) -> Sequence:
         """A sequence over `tokens` (kept, not copied) that holds no page yet."""
@@ -80,12 +86,12 @@ class Memory:
             the copies to carry out before anything is written.
         Raises:
             OutOfPages: the pool cannot give enough; nothing was changed.
-            ValueError: the sequence is closed, or `start` lies beyond its stored KV.
+            ValueError: the sequence is closed, `count` is negative, or `start` lies beyond its stored KV.
         """
         self._require_open(sequence)
         start = sequence.computed if start is None else start
-        if not 0 <= start <= sequence.computed:
-            raise ValueError(f"start={start} is not allowed: 0 to {sequence.computed}")
+        if count < 0 or not 0 <= start <= sequence.computed:
+            raise ValueError(f"count={count}, start={start}: must be at least 0, and 0 to {sequence.computed}")
         shared = self._shared(sequence, start, count)
         fresh = max(self.pages_for(start + count) - len(sequence.pages), 0)
         if not fresh and not shared:
@@ -106,13 +112,13 @@ class Memory:
         end = sequence.computed + count
         if count < 0 or end > len(sequence.tokens) or end > len(sequence.pages) * self.page_size:
             raise ValueError(
-                f"count={count} cannot be committed: {sequence.computed} of {len(sequence.tokens)} tokens are computed, "
-                f"{len(sequence.pages)} pages of {self.page_size} are reserved"
+                f"count={count} cannot be committed: {sequence.computed} of {len(sequence.tokens)} tokens are "
+                f"computed, {len(sequence.pages)} pages of {self.page_size} are reserved"
             )
         sequence.computed = end
 
     def rollback(self, sequence: Sequence, length: int) -> None:
-        """Forget stored KV from token `length` on and release the pages that nothing needs any more. Copies nothing."""
+        """Forget stored KV from token `length` on and release the pages behind it. Copies nothing."""
         self._require_open(sequence)
         if not 0 <= length <= sequence.computed:
             raise ValueError(f"length={length} is not allowed: 0 to {sequence.computed}")
@@ -129,6 +135,8 @@ class Memory:
             tokens: its tokens, which must begin with the computed ones. Default: a copy of the parent's.
         """
         self._require_open(sequence)
+        if tokens is not None and tokens[: sequence.computed] != sequence.tokens[: sequence.computed]:
+            raise ValueError(f"tokens must begin with the {sequence.computed} computed ones of the parent")
         child = self.open(list(sequence.tokens) if tokens is None else tokens)
         child.pages = sequence.pages[: self.pages_for(sequence.computed)]
         for page in child.pages:
@@ -158,12 +166,8 @@ class Memory:
 
     def waste(self) -> float:
         """Share of the slots of pages in use that hold no live token, 0 to 1."""
-        used = Counter()
-        for s in self._sequences:
-            for i, page in enumerate(s.pages):
-                used[page] = max(used[page], min(max(s.computed - i * self.page_size, 0), self.page_size))
         total = self.pool.used * self.page_size
-        return 1 - sum(used.values()) / total if total else 0.0
+        return 1 - self.live_tokens / total if total else 0.0
 
     def check(self) -> None:
         """Verify every law of pages and sequences.

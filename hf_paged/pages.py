@@ -16,8 +16,8 @@ class OutOfPages(Exception):
 class PagePool:
     """Hands out pages 1 to `num_pages`, lowest first, and counts their holders.
 
-    Page 0 is never handed out: writes that must go nowhere go there. Lowest first keeps the pages in use close together,
-    so that memory which was never needed is never touched, and attention can read one dense span.
+    Page 0 is never handed out: writes that must go nowhere go there. Lowest first keeps the pages in use close
+    together, so that memory which was never needed is never touched, and attention can read one dense span.
 
     Args:
         num_pages: pages that can be handed out (at least 1).
@@ -30,6 +30,7 @@ class PagePool:
         self._freed: list[int] = []
         self._fresh = 1  # the lowest page that was never handed out
         self._count: dict[int, int] = {}
+        self._shared = 0
 
     @property
     def free(self) -> int:
@@ -45,6 +46,15 @@ class PagePool:
     def highest(self) -> int:
         """The highest page that was ever handed out (0: none)."""
         return self._fresh - 1
+
+    @property
+    def shared(self) -> int:
+        """Pages that have several holders."""
+        return self._shared
+
+    def freed(self) -> list[int]:
+        """Free pages that were handed out before."""
+        return list(self._freed)
 
     def count(self, page: int) -> int:
         """Holders of `page` (0: free)."""
@@ -73,6 +83,7 @@ class PagePool:
         """Add a holder to a page that has one."""
         if page not in self._count:
             raise ValueError(f"page {page} is free: it cannot be shared")
+        self._shared += self._count[page] == 1
         self._count[page] += 1
 
     def release(self, page: int) -> None:
@@ -82,6 +93,7 @@ class PagePool:
             raise ValueError(f"page {page} is free: it cannot be released")
         if count > 1:
             self._count[page] = count - 1
+            self._shared -= count == 2
             return
         del self._count[page]
         heappush(self._freed, page)
@@ -89,7 +101,8 @@ class PagePool:
     def rebuild(self, holders: dict[int, int]) -> None:
         """Set the counts anew from `holders` (page → number of holders), after an interrupt at an unknown place."""
         self._count = dict(holders)
-        self._fresh = max(holders, default=0) + 1
+        self._shared = sum(count > 1 for count in holders.values())
+        self._fresh = max(self._fresh, max(holders, default=0) + 1)
         self._freed = [page for page in range(1, self._fresh) if page not in holders]
 
     def check(self, holders: dict[int, int]) -> None:
@@ -100,6 +113,8 @@ class PagePool:
         """
         if holders != self._count:
             raise AssertionError(f"page counts {self._count} differ from holders {holders}")
+        if self._shared != sum(count > 1 for count in holders.values()):
+            raise AssertionError(f"{self._shared} pages are counted as shared")
         known = set(self._count) | set(self._freed)
         if 0 in known or len(known) != len(self._count) + len(self._freed) or known != set(range(1, self._fresh)):
             raise AssertionError(f"free and used pages do not make up 1..{self._fresh - 1}")

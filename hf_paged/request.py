@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from hf_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from hf_paged.params import SamplingParams
 from hf_paged.sampling import Pipeline, SamplingRow
+from hf_paged.seeds import mix_seed
 from hf_paged.sequence import Sequence
 from hf_paged.text import IncrementalText
 
@@ -79,6 +81,14 @@ class Row:
         self.sampling.output_ids.append(token)
         self.sampling.position = len(self.tokens)
 
+    def shorten(self, length: int) -> None:
+        """Forget the output behind its first `length` tokens: they will be drawn again."""
+        for kept in (self.output_ids, self.logprobs, self.logits, self.scores):
+            del kept[length:]
+        del self.tokens[self.prompt_length + length :]
+        self.sampling.position = len(self.tokens)
+        self.finish_reason = self.stop_reason = self.text = self.text_length = None
+
     def output(self, text: str) -> CompletionOutput:
         """What the caller gets of this row."""
         asked = self.request.params.logprobs is not None
@@ -116,6 +126,34 @@ class Request:
     ended: bool = False
     on_end: Callable[[Request], None] | None = None
 
+    def add_rows(
+        self,
+        seed: int,
+        hooks: Rows[RowHooks] | None,
+        eos_ids: tuple[int, ...],
+        bad_word_ids: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
+        """Make its `params.num_samples` rows; row `i` draws with `mix_seed(seed, i)`, row 0 with `seed` itself."""
+        params, own = self.params, tuple((processor, False) for processor in self.params.logits_processors)
+        if params.num_samples > params.n and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the best are chosen by their log-probability
+        for index in range(params.num_samples):
+            hook = hooks[index] if hooks else RowHooks()
+            pipeline = Pipeline((*(hook.pipeline.steps if hook.pipeline else ()), *own)) if own else hook.pipeline
+            sampling = SamplingRow(
+                params=params,
+                seed=mix_seed(seed, index) if index else seed,
+                position=len(self.prompt_ids),
+                prompt_ids=self.prompt_ids,
+                output_ids=[],
+                pipeline=pipeline,
+                eos_ids=() if params.ignore_eos else eos_ids,
+                bad_word_ids=bad_word_ids,
+                keep_logits=hook.keep_logits,
+                keep_scores=hook.keep_scores,
+            )
+            self.rows.append(Row(self, index, list(self.prompt_ids), sampling, hook))
+
     @property
     def finished(self) -> bool:
         return all(row.finish_reason for row in self.rows)
@@ -124,7 +162,7 @@ class Request:
         """The result: with `best_of`, the n rows of highest cumulative log-probability, else all, in order."""
         outputs = [row.output(text_of(row)) for row in self.rows]
         if self.params.num_samples > self.params.n:
-            outputs.sort(key=lambda o: -(o.cumulative_logprob if o.cumulative_logprob is not None else float("inf")))
+            outputs.sort(key=lambda o: -(o.cumulative_logprob if o.cumulative_logprob is not None else -float("inf")))
             outputs = outputs[: self.params.n]
             for index, output in enumerate(outputs):
                 output.index = index

@@ -87,8 +87,8 @@ def decide(
             granted[row] = want
             work.append(Work(row, count))
     admitted = [] if preempted else _admit(waiting, limits, free, budget, len(alive))
-    work = [w for w in work if w.count == 1] + [w for w in work if w.count > 1] + admitted
-    work.sort(key=lambda w: w.count > 1)
+    # Decodes first, longest first: attention serves neighbours of like length together.
+    work = sorted(work + admitted, key=lambda w: (w.count > 1, -len(w.row.tokens)))
     return Decision(tuple(work), tuple(w.row for w in admitted), tuple(preempted))
 
 

@@ -7,6 +7,7 @@ in another thread meanwhile, it does what that implementation does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from transformers.cache_utils import DynamicLayer
 from hf_paged.kernels import paged_attention, write_kv
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
+
+PREFIX = "hf_paged_over_"
 
 
 class CannotDrive(Exception):
@@ -86,15 +89,17 @@ def _over(name: str, original: Callable) -> Callable:
     return attention
 
 
-def _register(implementation: str, module: nn.Module) -> str:
+def _eager(module, *args, **kwargs):
+    """The eager attention of whichever modelling file `module` comes from."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def _register(implementation: str) -> str:
     """Name under which paged attention over `implementation` is registered."""
-    name = f"hf_paged_over_{implementation}"
-    functions = AttentionInterface()
+    name = f"{PREFIX}{implementation}"
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
     if name not in functions:
-        eager = getattr(__import__(type(module).__module__, fromlist=["x"]), "eager_attention_forward", None)
-        original = functions[implementation] if implementation in functions else eager
-        AttentionInterface.register(name, _over(name, original))
-        masks = AttentionMaskInterface()
+        AttentionInterface.register(name, _over(name, functions.get(implementation, _eager)))
         if implementation in masks:
             AttentionMaskInterface.register(name, masks[implementation])
     return name
@@ -108,7 +113,7 @@ def paged_attention_on(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     try:
         for config, implementation in before:
-            config._attn_implementation_internal = _register(implementation or "eager", model)
+            config._attn_implementation_internal = _register((implementation or "eager").removeprefix(PREFIX))
         for module in training:
             module.training = False
         yield

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_paged.integrations.cache_layers import CacheFull, PagedLayer, PageTables
-from hf_paged.integrations.compat import cache_layer_types, cropped_length, empty_cache_layer
+from hf_paged.integrations.cache_layers import PagedLayer
+from hf_paged.integrations.cache_tables import CacheFull, PageTables
+from hf_paged.integrations.compat import cache_layer_kinds, cropped_length, empty_cache_layer
 from hf_paged.memory import Memory
 
 PAGED_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -21,7 +24,7 @@ def pageable(config: PreTrainedConfig) -> str | None:
         raise ValueError(f"config={config!r} is not allowed: a transformers config, as `model.config`")
     decoder = config.get_text_config(decoder=True)
     try:
-        types = cache_layer_types(decoder)
+        types = [name for name, _ in cache_layer_kinds(decoder)]
     except (AttributeError, KeyError, TypeError) as error:
         return f"transformers cannot tell what the layers of model type {config.model_type!r} store ({error})"
     odd = sorted(set(types) - {*PAGED_TYPES, "dummy"})
@@ -30,12 +33,14 @@ def pageable(config: PreTrainedConfig) -> str | None:
         return f"model type {config.model_type!r} has layers that store more than keys and values: {stored}"
     for known in (config, decoder):
         # A model may keep a state of its own under layer types that look like attention (RWKV, XLNet, …).
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(known), None)
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(known), None)
+        model_class = found[0] if isinstance(found, tuple) else found
         if model_class is None:
             continue
         if getattr(model_class, "_is_stateful", False) or not model_class._supports_default_dynamic_cache():
             return f"model type {config.model_type!r} keeps a state of its own, not keys and values"
+        if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+            return f"model type {config.model_type!r} takes no past_key_values"
     return None
 
 
@@ -78,8 +83,8 @@ class PagedCache(DynamicCache):
         if reason is not None:
             raise ValueError(f"a PagedCache cannot be made: {reason}")
         self.tables = PageTables(page_size, num_pages)
-        types = cache_layer_types(config.get_text_config(decoder=True))
-        layers = [empty_cache_layer() if name == "dummy" else PagedLayer(self.tables) for name in types]
+        kinds = cache_layer_kinds(config.get_text_config(decoder=True))
+        layers = [empty_cache_layer() if name == "dummy" else PagedLayer(self.tables, window) for name, window in kinds]
         self.tables.layers = [layer for layer in layers if isinstance(layer, PagedLayer)]
         Cache.__init__(self, layers=layers)
 

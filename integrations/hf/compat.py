@@ -8,17 +8,23 @@ from transformers import cache_utils
 from transformers.configuration_utils import PreTrainedConfig
 
 
-def cache_layer_types(config: PreTrainedConfig) -> list[str]:
-    """What the default cache stores for each layer, by transformers' names: "full_attention", "conv", ….
+def cache_layer_kinds(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
+    """What the default cache stores for each layer: transformers' name for it ("full_attention", …), and its window.
 
     "dummy" is a layer that stores nothing: one without attention, or one that reads another's KV. In 5.17 a layer
-    without attention is called "moe" or "mlp", and the list ends before layers that read another's KV.
+    without attention is called "moe" or "mlp", the list ends before layers that read another's KV, and all windows
+    of a model are one.
 
     Args:
         config: of the decoder (`get_text_config(decoder=True)`).
     """
-    types = list(cache_utils.get_layer_types_and_kwargs(config)[0])
-    return ["dummy" if name in ("moe", "mlp") else name for name in types]
+    types, settings = cache_utils.get_layer_types_and_kwargs(config)
+    settings = settings if isinstance(settings, list) else [settings] * len(types)
+    kinds = []
+    for name, given in zip(types, settings, strict=True):
+        window = given.get("sliding_window") if name in ("sliding_attention", "chunked_attention") else None
+        kinds.append(("dummy" if name in ("moe", "mlp") else name, window))
+    return kinds
 
 
 def empty_cache_layer() -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.fallback import make_cache
-from hf_paged.integrations.generate import run_prepared
+from hf_paged.integrations.generate import ENGINE_MODES, run_prepared
+from hf_paged.integrations.generate import generate as paged_strategy
 
 logger = logging.getLogger("hf_paged")
 _lock = threading.Lock()
@@ -51,11 +51,7 @@ def disable() -> None:
 def _wrap(original: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: nn.Module, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        wanted = kwargs.get("cache_implementation")
-        if wanted is None:
-            chosen = generation_config if generation_config is not None else self.generation_config
-            wanted = getattr(chosen, "cache_implementation", None)
-        if wanted != "paged":
+        if _setting("cache_implementation", kwargs, generation_config, self) != "paged":
             return original(self, inputs, generation_config, *args, **kwargs)
         names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
         names += ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
@@ -66,13 +62,21 @@ def _wrap(original: Callable[..., Any], settings: dict[str, Any]) -> Callable[..
     return generate
 
 
+def _setting(name: str, kwargs: dict[str, Any], generation_config: Any, model: nn.Module) -> Any:
+    """A generation setting where `generate` looks for it: the keyword, the config given, the model's own."""
+    if name in kwargs:
+        return kwargs[name]
+    given = getattr(generation_config, name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
 class PagedCall:
     """One call of `generate` with `cache_implementation="paged"`: to the engine, or to transformers' own loop.
 
     Args:
         original: transformers' `generate`.
         settings: of `enable`.
-        generation_config: as given by the caller, who may have given none.
+        generation_config: as given by the caller, who may have given none; left as it is.
         kwargs: all other arguments by name.
     """
 
@@ -90,15 +94,21 @@ class PagedCall:
                 "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a "
                 "Cache object) is unsupported. Please use only one of the two."
             )
-        kwargs.pop("cache_implementation", None)
-        chosen = generation_config if generation_config is not None else model.generation_config
-        engine_settings = kwargs.pop("cache_config", None) or getattr(chosen, "cache_config", None) or {}
+        engine_settings = _setting("cache_config", kwargs, generation_config, model) or {}
         self.config = EngineConfig.from_dict({**settings, **engine_settings})
-        if generation_config is None and getattr(chosen, "cache_implementation", None) is None:
-            self.generation_config = None
-        else:
-            self.generation_config = copy.deepcopy(chosen)
-            self.generation_config.cache_implementation = self.generation_config.cache_config = None
+        self.generation_config = copy.deepcopy(generation_config)
+        if kwargs.get("custom_generate") is paged_strategy:
+            del kwargs["custom_generate"]  # it asks for the same
+        for name in ("cache_implementation", "cache_config"):
+            self._unset(name, kwargs)
+
+    def _unset(self, name: str, kwargs: dict[str, Any]) -> None:
+        """Take a setting away, wherever `generate` would find it."""
+        kwargs.pop(name, None)
+        if self.generation_config is not None:
+            setattr(self.generation_config, name, None)
+        if getattr(self.model.generation_config, name, None) is not None:
+            kwargs[name] = None
 
     def run(self, inputs: Any) -> Any:
         # What the call amounts to, once its own settings and the model's are put together.
@@ -108,19 +118,12 @@ class PagedCall:
         if reason is not None:
             return self._loop(inputs, effective, reason)
         kwargs = self._with_stop_strings(effective)
-        streamer = kwargs.get("streamer")
+        config, streamer = self.config, kwargs.get("streamer")
 
-        def engine(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            return run_prepared(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                self.config,
-                streamer,
-                model_kwargs,
-            )
+        # With the parameters of a decoding method: any other name would be taken out of the caller's arguments.
+        def engine(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            prepared = (self, input_ids, logits_processor, stopping_criteria, generation_config)
+            return run_prepared(*prepared, config, streamer, model_kwargs)
 
         kwargs["custom_generate"] = engine
         return self.original(self.model, inputs, self.generation_config, **kwargs)
@@ -128,7 +131,7 @@ class PagedCall:
     def _why_not(self, effective: Any) -> str | None:
         """Why transformers' own loop must run the whole call; None where the engine may."""
         mode = effective.get_generation_mode(self.kwargs.get("assistant_model"))
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if mode not in ENGINE_MODES:
             return f"it is {mode.value}"
         if getattr(self.model.config, "is_encoder_decoder", False):
             return "the model is an encoder-decoder"
@@ -136,6 +139,8 @@ class PagedCall:
             value = self.kwargs.get(name)
             if value is not None and value is not False:
                 return f"{name} is given"
+        if effective.token_healing:
+            return "token_healing is asked for"
         return "use_cache is False" if effective.use_cache is False else None
 
     def _loop(self, inputs: Any, effective: Any, reason: str) -> Any:
@@ -153,11 +158,9 @@ class PagedCall:
         strings = effective.stop_strings
         if not strings or tokenizer is None:
             return kwargs
-        if kwargs.pop("stop_strings", None) is None:
-            if self.generation_config is None:
-                self.generation_config = copy.deepcopy(self.model.generation_config)
-            self.generation_config.stop_strings = None
+        self._unset("stop_strings", kwargs)
         criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or ())
-        criteria.append(StopStringCriteria(tokenizer, strings))
+        if not any(type(criterion) is StopStringCriteria for criterion in criteria):
+            criteria.append(StopStringCriteria(tokenizer, strings))
         kwargs["stopping_criteria"] = criteria
         return kwargs

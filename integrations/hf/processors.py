@@ -24,12 +24,13 @@ BATCHED = (
     lp.TypicalLogitsWarper,
     lp.EpsilonLogitsWarper,
     lp.EtaLogitsWarper,
-    lp.InfNanRemoveLogitsProcessor,
     lp.LogitNormalization,
     lp.SuppressTokensLogitsProcessor,
 )
-# They work on the whole batch, or keep a state of it: transformers' own loop runs them.
-WHOLE_BATCH = (
+# They work on the whole batch, keep a state of it, or take logits that the engine refuses: transformers' own loop runs
+# them.
+LOOP_ONLY = (
+    lp.InfNanRemoveLogitsProcessor,
     lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,
     lp.ClassifierFreeGuidanceLogitsProcessor,
     lp.WatermarkLogitsProcessor,
@@ -158,14 +159,19 @@ class Criteria:
         others = tuple(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
         return cls(min(lengths, default=None), tuple(dict.fromkeys(eos)), others)
 
-    def stop(self, device: torch.device) -> Callable[[Row], bool | None] | None:
-        """A hook for rows, or None where there is nothing to ask."""
+    def stop(self, pads: torch.Tensor) -> Callable[[Row], bool | None] | None:
+        """A hook for a row, or None where there is nothing to ask.
+
+        Criteria see the row as it stands in the batch, with its `pads` (int64 `[n]`) before it: lengths then mean what
+        they mean in `generate`. They get scores where these are kept.
+        """
         if not self.others:
             return None
 
         def stop(row: Row) -> bool | None:
-            ids = torch.tensor([row.tokens], device=device)
-            met = [bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in self.others]
+            ids = torch.cat((pads, torch.tensor(row.tokens, device=pads.device)))[None]
+            scores = tuple(kept[None] for kept in row.scores) if row.hooks.keep_scores else None
+            met = [bool(torch.as_tensor(criterion(ids, scores)).any()) for criterion in self.others]
             return True if any(met) else None
 
         return stop

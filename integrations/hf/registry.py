@@ -54,6 +54,12 @@ class EngineRegistry:
                 raise made
             return made
 
+    def find(self, model: nn.Module) -> Engine | None:
+        """The model's engine, if it has one."""
+        with self._lock:
+            made = self._engines.get(model, (None, None))[1]
+            return made if isinstance(made, Engine) else None
+
     def forget(self, model: nn.Module) -> None:
         """Drop the model's engine."""
         with self._lock:

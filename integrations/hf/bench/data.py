@@ -33,9 +33,7 @@ def rows_of(path: str | Path) -> Iterator[dict[str, Any]]:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     readers = {".jsonl": _json_rows, ".csv": csv.DictReader, ".txt": _text_rows}
     if suffix not in readers:
-        raise BadInput(
-            f"{path}: not a kind of file that is read here; give .jsonl, .csv or .txt, gzipped or not"
-        )
+        raise BadInput(f"{path}: not a kind of file that is read here; give .jsonl, .csv or .txt, gzipped or not")
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8", newline="" if suffix == ".csv" else None) as lines:
@@ -65,9 +63,7 @@ def _take(path: str | Path, field: str, count: int | None) -> list[Any]:
     values = []
     for row in islice(rows_of(path), count):
         if row.get(field) is None:
-            raise BadInput(
-                f"{path}: row {len(values) + 1} has no field {field!r}; it has: {', '.join(map(str, row))}"
-            )
+            raise BadInput(f"{path}: row {len(values) + 1} has no field {field!r}; it has: {', '.join(map(str, row))}")
         values.append(row[field])
     if not values:
         raise BadInput(f"{path}: holds no rows")
@@ -76,9 +72,7 @@ def _take(path: str | Path, field: str, count: int | None) -> list[Any]:
     return values
 
 
-def read_prompts(
-    path: str | Path, field: str, template: str | None = None, count: int | None = None
-) -> list[str]:
+def read_prompts(path: str | Path, field: str, template: str | None = None, count: int | None = None) -> list[str]:
     """Read prompts from a file.
 
     Args:

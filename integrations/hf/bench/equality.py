@@ -32,9 +32,7 @@ def generate_alone(model: Any, load: Workload, pad_id: int, done: Callable[[], N
     return rows
 
 
-def compare(
-    model: Any, load: Workload, reference: list[list[int]], tokens: list[list[int]]
-) -> dict[str, Any]:
+def compare(model: Any, load: Workload, reference: list[list[int]], tokens: list[list[int]]) -> dict[str, Any]:
     """Hold tokens against the reference.
 
     Returns:

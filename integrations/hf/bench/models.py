@@ -24,9 +24,7 @@ def bundled(what: str) -> str:
     path = _EXAMPLES / what
     if not path.exists():
         option = "--model" if what.startswith("models") else "a file of your own"
-        raise BadInput(
-            f"the bundled {what} comes with the checkout, not with the installed package: give {option}"
-        )
+        raise BadInput(f"the bundled {what} comes with the checkout, not with the installed package: give {option}")
     return str(path)
 
 

@@ -149,9 +149,7 @@ def _padded_slots(part: Workload) -> tuple[int, int]:
     """KV slots that a left-padded batch holds and that its live tokens need, summed over its steps."""
     width, steps = max(map(len, part.prompts)), max(part.lengths)
     held = len(part) * (steps * width + steps * (steps - 1) // 2)
-    live = sum(
-        n * len(prompt) + n * (n - 1) // 2 for prompt, n in zip(part.prompts, part.lengths, strict=True)
-    )
+    live = sum(n * len(prompt) + n * (n - 1) // 2 for prompt, n in zip(part.prompts, part.lengths, strict=True))
     return held, live
 
 

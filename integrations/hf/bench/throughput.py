@@ -151,9 +151,7 @@ def run_throughput(
     }
 
 
-def _worst(
-    model: Any, load: Workload, reference: list[list[int]], runs: list[list[list[int]]]
-) -> dict[str, Any]:
+def _worst(model: Any, load: Workload, reference: list[list[int]], runs: list[list[list[int]]]) -> dict[str, Any]:
     """The comparison of the run that differs most: a run that differs now and then is no equal one."""
     distinct = [run for number, run in enumerate(runs) if run not in runs[:number]]
     found = [compare(model, load, reference, run) for run in distinct]

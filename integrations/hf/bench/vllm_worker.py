@@ -14,8 +14,7 @@ def answer(llm, sampling_params, order: dict) -> dict:
     """One round: tokens of each request, seconds, and the times to tokens that vLLM reports."""
     prompts = [{"prompt_token_ids": ids} for ids in order["prompts"]]
     params = [
-        sampling_params(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
-        for n in order["lengths"]
+        sampling_params(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in order["lengths"]
     ]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -42,9 +42,7 @@ class Workload:
         return Workload(tuple(self.prompts[i] for i in rows), tuple(self.lengths[i] for i in rows))
 
 
-def build_workload(
-    tokenizer: Any, texts: Sequence[str], lengths: Sequence[int], limit: int | None
-) -> Workload:
+def build_workload(tokenizer: Any, texts: Sequence[str], lengths: Sequence[int], limit: int | None) -> Workload:
     """Tokenise texts.
 
     Args:
@@ -60,7 +58,6 @@ def build_workload(
             raise BadInput(f"prompt {number} has no tokens")
         if limit is not None and len(prompt) + length > limit:
             raise BadInput(
-                f"prompt {number} has {len(prompt)} tokens and is to make {length} more: "
-                f"the model takes {limit} in all"
+                f"prompt {number} has {len(prompt)} tokens and is to make {length} more: the model takes {limit} in all"
             )
     return Workload(prompts, tuple(lengths))

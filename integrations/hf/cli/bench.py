@@ -83,20 +83,18 @@ def throughput(
 ) -> None:
     """Many requests at once: tokens a second of hf_paged and of its peers.
 
-    Greedy; end-of-sequence tokens end nothing, so that each request makes exactly its length. [b]hf[/b] is `generate`
-    at the best of batch sizes 8, 16 and 32, left-padded, of whose tokens only those asked for count; [b]hf-cb[/b] is
-    transformers' continuous batching; [b]vllm[/b] runs under --vllm-python.
+    Greedy; end-of-sequence tokens end nothing, so that each request makes exactly its length. **hf** is `generate`
+    at the best of batch sizes 8, 16 and 32, left-padded, of whose tokens only those asked for count; **hf-cb** is
+    transformers' continuous batching; **vllm** runs under --vllm-python.
     """
     from hf_paged.integrations.bench.memory import measure_elsewhere
     from hf_paged.integrations.bench.throughput import check_peers, run_throughput
     from hf_paged.integrations.cli.tables import show_memory, show_throughput
 
-    settings = settings_of(_engine(locals()))
+    settings = settings_of(locals())
     names = check_peers(peers)
     loaded = _load(model, dtype, device, threads, names, vllm_python, json_out)
-    load = prepare(
-        loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output
-    )
+    load = prepare(loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output)
     with Bar() as bar:
         report = run_throughput(
             loaded,
@@ -143,18 +141,16 @@ def latency(
 ) -> None:
     """One request at a time: time to the first token and for each token after it.
 
-    [b]hf[/b] is `generate` with its default cache on one row.
+    **hf** is `generate` with its default cache on one row.
     """
     from hf_paged.integrations.bench.latency import run_latency
     from hf_paged.integrations.bench.throughput import check_peers
     from hf_paged.integrations.cli.tables import show_latency
 
-    settings = settings_of(_engine(locals()))
+    settings = settings_of(locals())
     names = check_peers(peers, ("hf", "vllm"))
     loaded = _load(model, dtype, device, threads, names, vllm_python, json_out)
-    load = prepare(
-        loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output
-    )
+    load = prepare(loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output)
     with Bar() as bar:
         report = run_latency(
             loaded, load, names, repeats=repeats, vllm_python=vllm_python, settings=settings, progress=bar
@@ -189,20 +185,13 @@ def memory(
     from hf_paged.integrations.bench.memory import measure_elsewhere
     from hf_paged.integrations.cli.tables import show_memory
 
-    settings = settings_of(_engine(locals()))
+    settings = settings_of(locals())
     loaded = _load(model, dtype, "cpu", None, (), None, json_out)
-    load = prepare(
-        loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output
-    )
+    load = prepare(loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output)
     report = measure_elsewhere(loaded.name, dtype, load, settings)
     if json_out != "-":
         show_memory(report)
     _write(report, json_out)
-
-
-def _engine(values: dict[str, Any]) -> dict[str, Any]:
-    names = "page_size num_pages memory_fraction max_model_len max_batch_tokens max_sequences backend".split()
-    return {name: values[name] for name in names if name in values}
 
 
 def _load(

@@ -91,15 +91,26 @@ def check_writable(path: str | None) -> None:
         raise BadInput(f"--json {path}: cannot be written there")
 
 
+ENGINE_SETTINGS = (
+    "page_size",
+    "num_pages",
+    "memory_fraction",
+    "max_model_len",
+    "max_batch_tokens",
+    "max_sequences",
+    "backend",
+)
+
+
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Engine settings that were given, checked.
+    """Engine settings among a command's options that were given, checked.
 
     Raises:
         BadInput: on a value that the engine refuses.
     """
     from hf_paged.config import EngineConfig
 
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: values[name] for name in ENGINE_SETTINGS if values.get(name) is not None}
     with users_values():
         EngineConfig.from_dict(given)
     return given
@@ -107,10 +118,12 @@ def settings_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and warnings off the screen: the command line has its own."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
 
 
 class Bar:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hf_paged.integrations.cli import options as opt
 from hf_paged.integrations.cli.console import (
     FAILURE,
-    Bar,
     command,
-    complain,
     quiet_transformers,
     settings_of,
     users_values,
 )
-
-if TYPE_CHECKING:
-    from hf_paged import Engine, SamplingParams
-    from hf_paged.outputs import RequestOutput
 
 _sampling = "Sampling"
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; - or nothing reads them from stdin.")]
@@ -31,17 +24,13 @@ File = Annotated[
 PromptField = Annotated[str, typer.Option(help="Field or column of a .jsonl or .csv file's prompts.")]
 Whole = Annotated[bool, typer.Option("--whole", help="Stdin is one prompt, rather than one a line.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt in the tokenizer's chat template.")]
-Stream = Annotated[
-    bool | None, typer.Option(help="Show tokens as they come; by default for one prompt on a terminal.")
-]
+Stream = Annotated[bool | None, typer.Option(help="Show tokens as they come; by default for one prompt on a terminal.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to make at most.", rich_help_panel=_sampling)]
 MinTokens = Annotated[int, typer.Option(help="Tokens to make at least.", rich_help_panel=_sampling)]
 Temperature = Annotated[float, typer.Option(help="0 takes the best token each time.", rich_help_panel=_sampling)]
 TopK = Annotated[int, typer.Option(help="Keep the best K tokens; 0 keeps all.", rich_help_panel=_sampling)]
 TopP = Annotated[float, typer.Option(help="Keep the best tokens up to this mass.", rich_help_panel=_sampling)]
-MinP = Annotated[
-    float, typer.Option(help="Keep tokens of at least this share of the best.", rich_help_panel=_sampling)
-]
+MinP = Annotated[float, typer.Option(help="Keep tokens of at least this share of the best.", rich_help_panel=_sampling)]
 Penalty = Annotated[float, typer.Option(rich_help_panel=_sampling)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_sampling)]
 Number = Annotated[int, typer.Option("--n", help="Completions of each prompt.", rich_help_panel=_sampling)]
@@ -52,6 +41,23 @@ IgnoreEos = Annotated[
 Logprobs = Annotated[
     int | None, typer.Option(help="Log-probabilities of the best so many tokens, in --json.", rich_help_panel=_sampling)
 ]
+
+# Options that are fields of SamplingParams under the same name.
+SAMPLING = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "n",
+    "ignore_eos",
+    "logprobs",
+)
 
 
 @command
@@ -94,17 +100,15 @@ def generate(
 
     The exit code is 1 if a prompt could not be answered; the others are.
     """
+    given = locals()
     from hf_paged import Engine, SamplingParams
     from hf_paged.integrations.bench.models import load
+    from hf_paged.integrations.cli.answers import answer_all, show_stream
 
-    values = locals()
-    names = "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty presence_penalty".split()
-    names += "frequency_penalty seed n ignore_eos logprobs".split()
     with users_values():
-        params = SamplingParams(stop=tuple(stop or ()), **{name: values[name] for name in names})
-    engine_names = "page_size num_pages memory_fraction max_model_len max_batch_tokens max_sequences backend"
-    settings = settings_of({name: values[name] for name in engine_names.split()})
-    texts = read_texts(prompts, file, field, opt.template_of(template, field), whole)
+        params = SamplingParams(stop=tuple(stop or ()), **{name: given[name] for name in SAMPLING})
+    settings = settings_of(given)
+    texts = read_texts(prompts, file, field, opt.unescaped(template), whole)
     quiet_transformers()
     opt.set_threads(threads)
     loaded = load(model, dtype, device)
@@ -120,9 +124,7 @@ def generate(
         raise typer.Exit(FAILURE)
 
 
-def read_texts(
-    prompts: list[str] | None, file: str | None, field: str, template: str | None, whole: bool
-) -> list[str]:
+def read_texts(prompts: list[str] | None, file: str | None, field: str, template: str | None, whole: bool) -> list[str]:
     """Prompts from one of the three places.
 
     Raises:
@@ -157,84 +159,3 @@ def encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
     message = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
-def show_stream(engine: Engine, text: str, ids: list[int], params: SamplingParams) -> bool:
-    """Print a prompt and, as they come, its tokens; False if it fails."""
-    try:
-        events = engine.stream(ids, params)
-        sys.stdout.write(text)
-        for event in events:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-    except ValueError as error:
-        sys.stdout.write("\n")
-        complain(f"not answered: {error}")
-        return False
-    sys.stdout.write("\n")
-    return True
-
-
-def answer_all(
-    engine: Engine, texts: list[str], ids: list[list[int]], params: SamplingParams, as_json: bool
-) -> int:
-    """Answer all prompts at once, print in their order, and tell how many failed."""
-    results: dict[int, RequestOutput] = {}
-    with Bar() as bar:
-        bar.plan(len(ids))
-        bar.note("generating")
-        if as_json or len(ids) == 1:
-            outputs = engine.generate(ids, params)
-        else:
-            outputs = engine.generate(ids, params)
-        for number, output in enumerate(outputs):
-            results[number] = output
-            bar.done()
-    for number, output in sorted(results.items()):
-        if as_json:
-            typer.echo(json.dumps(row_of(number, texts[number], output), ensure_ascii=False))
-        elif output.error is None:
-            print_answers(texts[number], output, number)
-        if output.error is not None:
-            complain(f"prompt {number + 1} was not answered: {output.error}")
-    return sum(output.error is not None for output in results.values())
-
-
-def print_answers(text: str, output: RequestOutput, number: int) -> None:
-    """Prompt and answers as plain text, the way they would stand in a document."""
-    if number:
-        typer.echo("-" * 60)
-    for completion in output.outputs:
-        typer.echo(text + completion.text)
-
-
-def row_of(number: int, text: str, output: RequestOutput) -> dict[str, Any]:
-    """A result as JSON."""
-    metrics = output.metrics
-    timed = metrics is not None and metrics.finished_time is not None and metrics.first_token_time is not None
-    return {
-        "index": number,
-        "prompt": text,
-        "prompt_tokens": len(output.prompt_token_ids),
-        "outputs": [completion_row(completion) for completion in output.outputs],
-        "seconds": metrics.finished_time - metrics.arrival_time if timed else None,
-        "seconds_to_first_token": metrics.first_token_time - metrics.arrival_time if timed else None,
-        "error": str(output.error) if output.error is not None else None,
-    }
-
-
-def completion_row(completion: Any) -> dict[str, Any]:
-    row = {
-        "index": completion.index,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-    }
-    if completion.logprobs is not None:
-        row["cumulative_logprob"] = completion.cumulative_logprob
-        row["logprobs"] = [
-            [{"token_id": t.token_id, "raw": t.raw, "processed": t.processed, "rank": t.rank} for t in best.values()]
-            for best in completion.logprobs
-        ]
-    return row

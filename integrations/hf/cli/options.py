@@ -26,9 +26,7 @@ MemoryFraction = Annotated[
     float | None, typer.Option(help="Share of memory that KV pages may take.", rich_help_panel=_panel)
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Tokens a row may have.", rich_help_panel=_panel)]
-MaxBatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens computed in one step.", rich_help_panel=_panel)
-]
+MaxBatchTokens = Annotated[int | None, typer.Option(help="Tokens computed in one step.", rich_help_panel=_panel)]
 MaxSequences = Annotated[int | None, typer.Option(help="Rows that run at once.", rich_help_panel=_panel)]
 Backend = Annotated[str | None, typer.Option(help="auto, torch or triton.", rich_help_panel=_panel)]
 
@@ -49,8 +47,13 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def unescaped(template: str | None) -> str | None:
+    r"""A template as typed in a shell, where `\n` stands for a newline; None for an empty one."""
+    return template.replace("\\n", "\n") if template else None
+
+
 def template_of(template: str | None, field: str) -> str | None:
-    r"""The template to use: `\n` typed in a shell is a newline; the default one is for a field called question."""
+    """The template of a benchmark: by default `QUESTION` for a field called question, and the bare text else."""
     if template is None:
         return QUESTION if field == "question" else None
-    return template.replace("\\n", "\n") or None
+    return unescaped(template)

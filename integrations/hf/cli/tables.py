@@ -8,10 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 
-
-
 def _milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{1000 * value:.1f}"
+    return "–" if value is None else f"{1000 * value:.{0 if value >= 1 else 1}f}"
 
 
 def percent(value: float | None) -> str:
@@ -22,17 +20,19 @@ def yes_no(row: dict[str, Any]) -> str:
     """Whether tokens are equal, and how many rows are not."""
     if row.get("tokens_equal") is None:
         return "–"
-    return "yes" if row["tokens_equal"] else f"{row['rows_differing']} of {row['requests']} rows differ"
+    return "yes" if row["tokens_equal"] else f"{row['rows_differing']} of {row['requests']} differ"
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], caption: str | None = None) -> None:
     """Print a table on stdout; the first column is left-aligned."""
     shown = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for number, column in enumerate(columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+        shown.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    # Not a terminal (a file, a pipe): nothing to wrap for.
+    out = Console()
+    (out if out.is_terminal else Console(width=160)).print(shown)
 
 
 def show_throughput(report: dict[str, Any]) -> None:
@@ -46,8 +46,8 @@ def show_throughput(report: dict[str, Any]) -> None:
                 f"{row['seconds']:.2f}",
                 f"{row['tokens_per_second']:.0f}",
                 "1.00×" if ratio is None else f"{1 / ratio:.2f}×",
-                f"{_milliseconds(row['ttft_p50'])} / {_milliseconds(row['ttft_p99'])}",
-                f"{_milliseconds(row['tpot_p50'])} / {_milliseconds(row['tpot_p99'])}",
+                f"{_milliseconds(row['ttft_p50'])}/{_milliseconds(row['ttft_p99'])}",
+                f"{_milliseconds(row['tpot_p50'])}/{_milliseconds(row['tpot_p99'])}",
                 percent(row["kv_waste"]),
                 yes_no(row),
             ]
@@ -60,8 +60,8 @@ def show_throughput(report: dict[str, Any]) -> None:
         + f"at {ours['rows_per_step']:.1f} rows a step."
     )
     title = f"{report['requests']} requests, {report['dtype']}, {report['device']}, median of {report['repeats']}"
-    columns = ["engine", "tokens", "seconds", "tokens/s", "ratio", "TTFT ms p50 / p99", "TPOT ms p50 / p99"]
-    table(title, [*columns, "KV waste", "tokens equal"], rows, caption)
+    columns = ["engine", "tokens", "seconds", "tokens/s", "ratio", "TTFT ms p50/p99", "TPOT ms p50/p99"]
+    table(title, [*columns, "KV waste", "equal"], rows, caption)
     for row in report["rows"]:
         for found in row.get("differences", [])[:3]:
             Console().print(

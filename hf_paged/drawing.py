@@ -1,0 +1,72 @@
+"""From a step's logits to the rows that draw a token from them, and back: parts of the loop around `sample`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged.plan import PlanRow
+from hf_paged.request import Row
+from hf_paged.sampling import SampleResult, prompt_logprobs
+
+
+def wants_prompt(row: Row) -> bool:
+    """Whether logits behind all tokens of the row's prompt are needed, which it is about to compute."""
+    return row.request.params.prompt_logprobs is not None and row.index == 0 and not row.output_ids
+
+
+def rows_to_draw(work: Sequence[PlanRow], logits: torch.Tensor) -> tuple[list[Row], torch.Tensor]:
+    """Rows whose last token is computed, and the logits `[rows, vocab]` that each draws from.
+
+    Where the first row of a request completes the prompt, all its rows draw.
+
+    Args:
+        logits: `[n, vocab]`, those of each planned row one after another.
+    """
+    rows: list[Row] = []
+    index: list[int] = []
+    end = 0
+    for planned in work:
+        row, end = planned.row, end + planned.logits
+        if planned.count == planned.sequence.pending:
+            drawing = row.request.rows if row.index == 0 and not row.output_ids else [row]
+            rows += drawing
+            index += [end - 1] * len(drawing)
+    if index != list(range(len(logits))):
+        logits = logits[torch.tensor(index, dtype=torch.long, device=logits.device)]
+    return rows, logits
+
+
+def note_prompts(work: Sequence[PlanRow], logits: torch.Tensor) -> None:
+    """Log-probabilities of prompt tokens, where asked for, from the logits behind the tokens before them."""
+    end = 0
+    for planned in work:
+        begin, end = end, end + planned.logits
+        if not wants_prompt(planned.row):
+            continue
+        request, first = planned.row.request, planned.sequence.computed
+        if request.prompt_logprobs is None:
+            request.prompt_logprobs = [None]
+        ids = request.prompt_ids[first + 1 : first + planned.count + 1]
+        done = len(request.prompt_logprobs) - 1 - first  # a preempted prompt is computed again: some are known
+        if done < len(ids):
+            own = logits[begin + done : begin + len(ids)]
+            next_ids = torch.tensor(ids[done:], device=logits.device)
+            request.prompt_logprobs += prompt_logprobs(own, next_ids, request.params.prompt_logprobs)
+
+
+def append_drawn(row: Row, sampled: SampleResult, i: int) -> None:
+    """Append entry `i` of what was drawn to `row`, with all that it asked to keep."""
+    token = sampled.tokens[i]
+    row.append(token if row.hooks.replace is None else row.hooks.replace(row, token))
+    if sampled.logprobs is not None and sampled.logprobs[i] is not None:
+        row.logprobs.append(sampled.logprobs[i])
+    if row.hooks.keep_logits:
+        row.logits.append(sampled.logits[i])
+    if row.hooks.keep_scores:
+        row.scores.append(sampled.scores[i])
+    metrics = row.request.metrics
+    if metrics.first_token_time is None:
+        metrics.first_token_time = time.perf_counter()

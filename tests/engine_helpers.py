@@ -1,0 +1,176 @@
+"""A toy model whose logits are a function of what it reads back from the pages, and engines over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_paged.engine import CoreSettings, EngineCore
+from hf_paged.params import SamplingParams
+from hf_paged.plan import StepPlan
+from hf_paged.request import Request, RowHooks
+from hf_paged.sampling import SamplingRow, sample
+from hf_paged.store import KVStore, LayerShape
+
+VOCAB = 23
+EOS = 22
+POISON = 21  # a text that holds this token has NaN logits, and NaN keys and values
+GREEDY = {"temperature": 0.0}
+
+
+def toy_logits(prefix_hash: int) -> np.ndarray:
+    """Logits behind a prefix, float32 `[VOCAB]`; the two special tokens are never the likeliest."""
+    mixed = (prefix_hash + np.arange(VOCAB, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**64 - 1)
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    logits = ((mixed >> np.uint64(40)) % np.uint64(1009)).astype(np.float32) / 200
+    logits[[EOS, POISON]] -= 4
+    return logits
+
+
+def prefix_hashes(tokens: Sequence[int]) -> list[int]:
+    """A number for every prefix of `tokens`, the empty one left out."""
+    hashes, value = [], 7
+    for token in tokens:
+        value = (value * 1000003 + int(token) + 1) & (2**64 - 1)
+        hashes.append(value)
+    return hashes
+
+
+class ToyForward:
+    """Plan → logits. Writes token ids and positions to the pages, then reads each row's history from them.
+
+    What it is told (`token_ids`, `positions`) is held against what it reads. `before` and `after` are called with the
+    plan, before anything is written and before the logits are given back.
+    """
+
+    def __init__(self, store: KVStore) -> None:
+        self.store, self.core = store, None
+        self.before: Callable[[StepPlan], None] | None = None
+        self.after: Callable[[StepPlan], None] | None = None
+        self.plans: list[StepPlan] = []
+
+    def __call__(self, plan: StepPlan) -> torch.Tensor:
+        self.plans.append(plan)
+        if self.before is not None:
+            self.before(plan)
+        self._check(plan)
+        keys, values = self.store.keys[0][:, 0, :, 0].numpy(), self.store.values[0][:, 0, :, 0].numpy()
+        size, slots = self.store.page_size, plan.rows.slots.numpy()
+        ids = plan.token_ids.numpy()
+        keys[slots // size, slots % size] = np.where(ids == POISON, np.nan, ids + 1)
+        values[slots // size, slots % size] = plan.positions.numpy() + 1
+        logits = self._read(plan, keys, values)
+        if self.after is not None:
+            self.after(plan)
+        return torch.from_numpy(logits)
+
+    def _check(self, plan: StepPlan) -> None:
+        rows, slots = plan.rows, plan.rows.slots.numpy()
+        assert plan.tokens == int(rows.query_lens.sum()) == len(slots) == len(set(slots.tolist()))
+        assert (rows.query_lens[: rows.num_decodes] == 1).all() and (rows.query_lens[rows.num_decodes :] > 1).all()
+        if self.core is not None:
+            pool = self.core.memory.pool
+            assert all(pool.count(page) == 1 for page in set((slots // self.store.page_size).tolist()))
+            assert plan.tokens <= self.core.settings.max_batch_tokens
+            assert len(rows.query_lens) <= self.core.settings.max_sequences
+
+    def _read(self, plan: StepPlan, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        size, hashes, at = self.store.page_size, [], 0
+        for row, (count, context) in enumerate(zip(plan.rows.query_lens, plan.rows.context_lens, strict=True)):
+            places = np.arange(context)
+            pages = plan.rows.page_table[row][places // size]
+            assert (pages > 0).all()
+            history, order = keys[pages, places % size], values[pages, places % size]
+            assert (order == places + 1).all(), f"row {row} reads positions {order - 1}"
+            told = plan.token_ids[at : at + count].numpy()
+            assert (plan.positions[at : at + count].numpy() == places[context - count :]).all()
+            assert (np.nan_to_num(history[context - count :], nan=POISON + 1) == told + 1).all()
+            poisoned = np.isnan(history).cumsum() > 0
+            known = prefix_hashes(np.nan_to_num(history) - 1)[context - count :]
+            hashes += [None if bad else h for h, bad in zip(known, poisoned[context - count :], strict=True)]
+            at += count
+        nan = np.full(VOCAB, np.nan, np.float32)
+        found = [nan if hashes[at] is None else toy_logits(hashes[at]) for at in plan.logits_at.tolist()]
+        return np.stack(found) if found else np.zeros((0, VOCAB), np.float32)
+
+
+def toy_decode(ids: Sequence[int]) -> str:
+    return "".join(chr(97 + token) for token in ids)
+
+
+def toy_encode(text: str) -> list[int]:
+    return [ord(letter) - 97 for letter in text]
+
+
+def toy_core(
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_batch_tokens: int = 64,
+    max_sequences: int = 8,
+    max_model_len: int = 200,
+    eos: bool = False,
+    **rest: Any,
+) -> EngineCore:
+    """An engine core over the toy model; it checks itself after every step. `core.forward` is the `ToyForward`."""
+    store = KVStore([LayerShape(1, 1, 1)], num_pages, page_size)
+    settings = CoreSettings(max_batch_tokens, max_sequences, max_model_len, VOCAB, (EOS,) if eos else (), check=True)
+    arguments = {"decode": toy_decode, "encode": toy_encode} | rest
+    forward = ToyForward(store)
+    forward.core = core = EngineCore(forward, store, settings, **arguments)
+    return core
+
+
+def run(core: EngineCore, limit: int = 20_000) -> list[Request]:
+    """Step until nothing is left; the requests that ended, in order."""
+    ended = []
+    for _ in range(limit):
+        if not core.has_work:
+            break
+        ended += core.step().finished
+        core.check()
+        assert torch.isfinite(core.store.keys[0]).all() and torch.isfinite(core.store.values[0]).all()
+    assert not core.has_work, f"not done after {limit} steps"
+    return ended
+
+
+def assert_idle(core: EngineCore) -> None:
+    """Nothing runs or waits, no page is held, and no number in the store is not finite."""
+    core.check()
+    assert not core.busy and not core.requests
+    assert core.memory.pool.free == core.memory.pool.num_pages and not core.memory.sequences
+    assert torch.isfinite(core.store.keys[0]).all()
+
+
+def tokens_of(request: Request) -> list[list[int]]:
+    """Generated ids of all rows."""
+    return [row.output_ids for row in request.rows]
+
+
+def alone(
+    prompt: Sequence[int], params: SamplingParams, seed: int = 0, eos: bool = False, hooks: Sequence[RowHooks] = ()
+) -> Request:
+    """The request on an engine of its own with room for everything."""
+    core = toy_core(256, 16, 512, 64, eos=eos)
+    request = core.submit(prompt, params, seed=seed, hooks=hooks or None)
+    run(core)
+    return request
+
+
+def by_hand(prompt: Sequence[int], params: SamplingParams, seed: int = 0) -> list[int]:
+    """Tokens of one row from a loop without engine, pages or batches; only `max_tokens` ends it."""
+    output: list[int] = []
+    for _ in range(params.max_tokens):
+        logits = torch.from_numpy(toy_logits(prefix_hashes([*prompt, *output])[-1]))[None]
+        row = SamplingRow(params, seed, len(prompt) + len(output), list(prompt), output)
+        output.append(sample(logits, [row]).tokens[0])
+    return output
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts without special tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, POISON, n).tolist() for n in lengths]
