@@ -85,6 +85,18 @@ class EngineConfig:
         return cls(**settings)
 
 
+@dataclass(frozen=True)
+class CoreSettings:
+    """What `EngineCore` needs to know, all decided: limits, ids that end a row, the vocabulary."""
+
+    max_batch_tokens: int
+    max_sequences: int
+    max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    check: bool = False
+
+
 def available_memory() -> int:
     """Bytes of host memory that can be had without swapping (`MemAvailable`), or half of all where that is unknown."""
     try:

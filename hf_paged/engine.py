@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 import torch
 
 from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_prompt
+from hf_paged.config import CoreSettings
 from hf_paged.drawing import append_drawn, note_prompts, rows_to_draw, wants_prompt
 from hf_paged.finish import check_finished
 from hf_paged.memory import Memory, OutOfPages
@@ -25,18 +26,6 @@ from hf_paged.store import KVStore
 from hf_paged.text import Decode
 
 Forward = Callable[[StepPlan], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class CoreSettings:
-    """What `EngineCore` needs to know, all decided: limits, ids that end a row, the vocabulary."""
-
-    max_batch_tokens: int
-    max_sequences: int
-    max_model_len: int
-    vocab_size: int
-    eos_ids: tuple[int, ...] = ()
-    check: bool = False
 
 
 @dataclass(eq=False)
@@ -134,7 +123,7 @@ class EngineCore:
         return request
 
     def _free_id(self) -> str:
-        names = (f"request-{number}" for number in count(self._submitted))
+        names = (f"request-{number}" for number in itertools.count(self._submitted))
         return next(name for name in names if name not in self.roster.requests)
 
     def cancel(self, request_id: str) -> bool:

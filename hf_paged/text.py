@@ -54,3 +54,12 @@ def find_stop(text: str, added: int, stops: Sequence[str]) -> tuple[str, int] | 
         if at >= 0 and (found is None or at < found[1]):
             found = (stop, at)
     return found
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """How many of the last characters of `text` may turn out to begin a stop string: they cannot be given out yet."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for count in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-count:]) for stop in stops):
+            return count
+    return 0

@@ -8,8 +8,9 @@ in another thread meanwhile, it does what that implementation does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,22 +106,45 @@ def _register(implementation: str) -> str:
     return name
 
 
-@contextmanager
-def paged_attention_on(model: nn.Module) -> Iterator[None]:
-    """Switch the model's attention to pages, and its modules to evaluation; everything is as it was afterwards."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    before = [(config, config._attn_implementation_internal) for config in configs]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for config, implementation in before:
+# One switch at a time for each model, whichever engines it has. (Weak, and no setting.)
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def switch_lock(model: nn.Module) -> threading.RLock:
+    """Held by whoever changes the model for a moment: its attention, or whether its modules train."""
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
+class Switch:
+    """The model's attention turned to pages, and its modules to evaluation: `on`, and always `off` afterwards.
+
+    Not a context manager made of a generator: an interrupt between its parts would leave the model switched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        self.before = [(config, config._attn_implementation_internal) for config in configs]
+        self.training = [module for module in model.modules() if module.training]
+
+    def on(self) -> None:
+        for config, implementation in self.before:
             config._attn_implementation_internal = _register((implementation or "eager").removeprefix(PREFIX))
-        for module in training:
+        for module in self.training:
             module.training = False
-        yield
-    finally:
-        for config, implementation in before:
+
+    def off(self) -> None:
+        """All as it was, even if an interrupt comes in the middle of this."""
+        try:
+            self._restore()
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        for config, implementation in self.before:
             config._attn_implementation_internal = implementation
-        for module in training:
+        for module in self.training:
             module.training = True
 
 
@@ -140,18 +164,22 @@ class ModuleForward:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
         model = self.model()
         tokens = plan.token_ids[None]
-        with paged_attention_on(model):
-            out = model(
-                input_ids=tokens,
-                position_ids=plan.positions[None],
-                attention_mask=tokens.new_zeros(
-                    1, 1, 1, 1
-                ),  # four axes: modelling code takes it as made, and makes none
-                past_key_values=StepCache(self.store, plan),
-                use_cache=True,
-                logits_to_keep=plan.logits_at,
-                return_dict=True,
-            )
+        with switch_lock(model):
+            switch = Switch(model)
+            try:
+                switch.on()
+                out = model(
+                    input_ids=tokens,
+                    position_ids=plan.positions[None],
+                    # With four axes it is taken as made: modelling code makes none.
+                    attention_mask=tokens.new_zeros(1, 1, 1, 1),
+                    past_key_values=StepCache(self.store, plan),
+                    use_cache=True,
+                    logits_to_keep=plan.logits_at,
+                    return_dict=True,
+                )
+            finally:
+                switch.off()
         logits = out.logits[0]
         if logits.shape[0] != len(plan.logits_at):  # a model that takes only a count
             logits = logits[plan.logits_at]

@@ -180,7 +180,7 @@ class PagedLayer(CacheLayerMixin):
         """Verify that the layer fits the page tables."""
         if self.length > length:
             raise AssertionError(f"a layer stores {self.length} tokens, the page tables {length}")
-        if any(states.capacity != capacity for states in self._states or ()):
+        if any(states.capacity < capacity for states in self._states or ()):
             raise AssertionError(f"a layer does not hold {capacity} pages")
 
     def _refuse(self, *args, **kwargs) -> None:

@@ -62,9 +62,9 @@ class Call:
                 if request.error is not None:
                     raise request.error
             if stream is not None:
-                stream.update(self.rows)
+                stream.update(self.rows, self.width)
         if stream is not None:
-            stream.end(self.rows)
+            stream.end()
 
     def _end(self) -> None:
         """Leave nothing in the engine, whatever happened and wherever, and nothing that holds itself alive."""
@@ -81,23 +81,31 @@ class Call:
         pad = self.config._pad_token_tensor
         return 0 if pad is None else int(pad)
 
+    @property
+    def width(self) -> int:
+        """New tokens of the longest row."""
+        return self.lockstep.width if self.lockstep else max(len(row.output_ids) for row in self.rows)
+
     def _submit(self) -> None:
         params, rest = native_params(without_pads(self.processors, self.prompts), self.keep_scores)
         if not self.config.do_sample:
             params["temperature"] = 0.0
         each = max(1, self.config.num_return_sequences or 1) if self.config.do_sample else 1
         budget = self.criteria.max_length - self.input_ids.shape[1]
-        ends = () if self.lockstep else self.criteria.eos_ids
+        # An id that is no token ends nothing.
+        ends = () if self.lockstep else [i for i in self.criteria.eos_ids if 0 <= i < self.engine.facts.vocab_size]
         params = SamplingParams(n=each, max_tokens=budget, ignore_eos=True, stop_token_ids=ends, **params)
-        base = draw_seed() if self.config.do_sample else 0
+        own_seed = self.engine.config.seed
+        base = draw_seed() if self.config.do_sample and own_seed is None else 0
         hooks = [self._hooks(p, prompt) for p, prompt in zip(pipelines(rest, self.prompts), self.prompts, strict=True)]
         for first in range(0, len(self.prompts), each):
             # Names of our own, known before: an interrupt at any place leaves nothing that cannot be found again.
             self.names.append(f"generate-{id(self):x}-{first}")
-            request = self.engine.core.submit(
+            core = self.engine.core
+            request = core.submit(
                 self.prompts[first].ids,
                 params,
-                seed=mix_seed(base, first // each),
+                seed=mix_seed(base, first // each) if own_seed is None else mix_seed(own_seed, core.submitted),
                 request_id=self.names[-1],
                 hooks=hooks[first : first + each],
             )
@@ -137,7 +145,7 @@ class Call:
 
     def _result(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         outputs = [row.output_ids for row in self.rows]
-        width = self.lockstep.width if self.lockstep else max(len(ids) for ids in outputs)
+        width = self.width
         outputs = [ids[:width] + [self.pad] * (width - len(ids)) for ids in outputs]
         new = torch.tensor(outputs, device=self.input_ids.device)
         sequences = torch.cat([self.input_ids, new], dim=-1)

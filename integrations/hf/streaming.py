@@ -21,16 +21,14 @@ class ColumnStream:
     def __init__(self, streamer: Any, pad: int) -> None:
         self.streamer, self.pad, self.sent = streamer, pad, 0
 
-    def update(self, rows: Sequence[Row]) -> None:
-        """Send every column of which all tokens are known."""
-        known = min((len(row.output_ids) for row in rows if row.finish_reason is None), default=None)
-        last = max(len(row.output_ids) for row in rows)
-        for at in range(self.sent, last if known is None else known):
+    def update(self, rows: Sequence[Row], width: int) -> None:
+        """Send every column of which all tokens are known, of `width` that there are so far."""
+        known = min((len(row.output_ids) for row in rows if row.finish_reason is None), default=width)
+        for at in range(self.sent, min(known, width)):
             column = [row.output_ids[at] if at < len(row.output_ids) else self.pad for row in rows]
             self.streamer.put(torch.tensor(column))
             self.sent = at + 1
 
-    def end(self, rows: Sequence[Row]) -> None:
-        """Send what is left and close."""
-        self.update(rows)
+    def end(self) -> None:
+        """All is sent."""
         self.streamer.end()

@@ -163,20 +163,25 @@ class HfContinuous:
 
     name = "hf-cb"
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, **settings: Any) -> None:
+        """Args: settings: of transformers' `ContinuousBatchingConfig`; none leaves all to its authors."""
+        self.model, self.settings = model, settings
 
     def warm(self, load: Workload) -> None:
         self.run(load)
 
     def run(self, load: Workload) -> Run:
-        from transformers import GenerationConfig
+        from transformers import ContinuousBatchingConfig, GenerationConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
         config = GenerationConfig(do_sample=False, max_new_tokens=max(load.lengths), eos_token_id=-1)
         hints = WorkloadHints(max(map(len, load.prompts)), max(load.lengths), len(load))
         with self.model.continuous_batching_context_manager(
-            generation_config=config, workload_hints=hints, warmup=True, timeout=30
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(**self.settings),
+            workload_hints=hints,
+            warmup=True,
+            timeout=30,
         ) as manager:
             start = time.perf_counter()
             names = [

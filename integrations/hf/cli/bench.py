@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -210,6 +211,8 @@ def _load(
     check_writable(json_out)
     if "vllm" in peers and vllm_python is None:
         raise BadInput("peer vllm needs --vllm-python: an interpreter that can import vllm")
+    if vllm_python is not None and shutil.which(vllm_python) is None:
+        raise BadInput(f"--vllm-python {vllm_python}: no such interpreter")
     quiet_transformers()
     opt.set_threads(threads)
     return load(model, dtype, device)
