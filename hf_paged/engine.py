@@ -150,7 +150,7 @@ class EngineCore:
                 logits = self._forward(work)
                 self._conclude(work, logits, result)
         except BaseException:
-            self.roster.recover()
+            self.roster.recover(self.settings.max_sequences)
             raise
         result.finished = self.roster.collect()
         self.recorder.step_seconds += time.perf_counter() - begun

@@ -86,7 +86,7 @@ def draw(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:
         return draw_dense(filtered(scores, given), given)
     values, ids = scores.topk(size, dim=1)
     kept, enough = _window(scores, values, ids, given)
-    tokens = _draw_window(values, ids, kept, given)
+    tokens = _draw_window(values, ids, kept & enough[:, None], given)
     if not bool(enough.all()):
         rest = (~enough).nonzero().squeeze(1)
         part = given.pick(rest)
@@ -175,22 +175,37 @@ def _window(
             scores = _drop(scores, scores < kth)
         all_probs = scores.softmax(dim=1)
         probs = all_probs.gather(1, ids)
-    whole = values.shape[1] == scores.shape[1]
+    beyond = torch.zeros_like(kept[:, :1])
     if given.any_top_p:
         units = _units(probs)
         total = _units(all_probs).sum(dim=1, keepdim=True)
         gone = _gone(units.cumsum(dim=1) - units, total, given.limit)
         gone[:, 0] = False
-        kept &= ~gone
-        # A cut between equal scores goes by token id, which torch.topk does not sort by.
-        tied = (gone[:, 1:] & ~gone[:, :-1] & (values[:, 1:] == values[:, :-1])).any(dim=1)
-    else:
-        tied = torch.zeros_like(kept[:, 0])
+        stays, last = _settle_ties(values, ids, ~gone)
+        kept &= stays
+        beyond = values[:, -1:] == last  # scores out of sight may tie with these
     if given.any_min_p:
         kept &= probs >= given.min_p * probs[:, :1]
-    # Every filter keeps the first tokens of the sorted window: if the last one goes, so does all beyond it.
-    enough = ~tied if whole else ~tied & ~kept[:, -1]
-    return kept, enough
+    if values.shape[1] == scores.shape[1]:
+        return kept, torch.ones_like(kept[:, 0])
+    # Filters keep the first of the sorted scores: if the last one here goes, so does all beyond it.
+    return kept, ~(beyond | kept[:, -1:]).squeeze(1)
+
+
+def _settle_ties(values: torch.Tensor, ids: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a cut falls between equal scores, keep the higher ids: torch.topk leaves equal scores in any order.
+
+    values float32 [R, n], falling; ids int64 [R, n]; stays bool [R, n], the first few of each row. Returns as
+    many to keep, bool [R, n], and the last score kept, float32 [R, 1].
+    """
+    last = values.gather(1, (stays.sum(dim=1, keepdim=True) - 1).clamp_(min=0))
+    equal = values == last
+    room = (equal & stays).sum(dim=1, keepdim=True)
+    if torch.equal(room, equal.sum(dim=1, keepdim=True)):
+        return stays, last
+    ranked = ids.masked_fill(~equal, -1).sort(dim=1, descending=True).values
+    lowest = ranked.gather(1, (room - 1).clamp_(min=0))
+    return (stays & ~equal) | (equal & (ids >= lowest) & (room > 0)), last
 
 
 def _draw_window(values: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor, given: DrawTensors) -> torch.Tensor:
@@ -222,17 +237,11 @@ def _top_p_mask(scores: torch.Tensor, probs: torch.Tensor, limit: torch.Tensor) 
     cut = (~gone).sum(dim=1, keepdim=True) - 1
     member = bucket == cut
     counts = member.sum(dim=1, keepdim=True)
-    values, ids = _drop(scores, ~member).topk(max(int(counts.max()), 1), dim=1)
+    values, ids = _drop(scores, ~member).topk(max(int(counts.max()), 1), dim=1)  # members first
     inside = units.gather(1, ids)
-    places = torch.arange(values.shape[1], device=scores.device)
     stays = ~_gone(above.gather(1, cut) + inside.cumsum(dim=1) - inside, total, limit)
     stays[:, 0] = True  # the first of a bucket that is not gone as a whole stays
-    stays &= places < counts
-    kept_here = stays.sum(dim=1, keepdim=True)
-    last = values.gather(1, (kept_here - 1).clamp_(min=0))  # an empty bucket: nothing was dropped
-    kept = (bucket < cut) | (member & (scores >= last))
-    surplus = ((values == last) & (places < counts)).sum(dim=1) - ((values == last) & stays).sum(dim=1)
-    for row in surplus.nonzero().flatten().tolist():
-        ties = (member[row] & (scores[row] == last[row])).nonzero().flatten()
-        kept[row, ties[: int(surplus[row])]] = False
-    return kept
+    stays &= torch.arange(values.shape[1], device=scores.device) < counts
+    stays, _ = _settle_ties(values, ids, stays)
+    kept = bucket < cut
+    return kept.scatter_(1, ids, kept.gather(1, ids) | stays)

@@ -22,6 +22,7 @@ def check_finished(row: Row, decode: Decode | None) -> bool:
         reason = token
     if reason is None and row.hooks.stop is not None:
         reason = row.hooks.stop(row)
+        reason = None if reason is False else reason
     if reason is None and params.stop:
         reason = _stop_string(row, decode, len(output) >= params.min_tokens)
     if reason is not None:

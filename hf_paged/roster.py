@@ -51,7 +51,9 @@ class Roster:
         self._wait(request.rows[0])
 
     def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        """End all rows of a request that are not finished."""
+        """End all rows of a request that are not finished. One that has ended stays as it is."""
+        if request.ended:
+            return
         request.error = error
         for row in request.rows:
             self._release(row)
@@ -96,7 +98,7 @@ class Roster:
     def finish(self, row: Row) -> None:
         """Release a row that has a finish reason, and report its request if it was the last."""
         self._release(row)
-        if row.request.finished:
+        if row.request.finished and not row.request.ended:
             self._report(row.request)
 
     def _release(self, row: Row) -> None:
@@ -118,8 +120,8 @@ class Roster:
 
     # -- laws
 
-    def recover(self) -> None:
-        """After an exception at an unknown place: page counts agree with tables, and every row can be computed on.
+    def recover(self, most: int) -> None:
+        """After an exception at an unknown place: page counts agree with tables, and at most `most` rows run.
 
         An interrupt may fall between any two lines, so who waits and who runs is found anew from the requests.
         """
@@ -138,6 +140,7 @@ class Roster:
             # The last page may be a copy that was not carried out, and pages behind it may hold anything by now.
             known = min(row.sequence.computed, len(row.tokens) - 1)
             self.memory.rollback(row.sequence, known - known % self.memory.page_size)
+        self.shed(most)
         self.store.scrub(self.memory.pool.freed())
 
     def check(self) -> None:

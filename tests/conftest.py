@@ -98,7 +98,7 @@ def assert_clean(model: PreTrainedModel) -> None:
     assert engine is not None
     engine.check()
     stats = engine.stats()
-    assert not engine.has_work and stats.pages_free == stats.pages_total
+    assert not engine.core.busy and stats.pages_free == stats.pages_total
 
 
 class Ways:

@@ -372,7 +372,7 @@ def test_weights_that_change(model, batch):
         assert now == plain(model, batch, max_new_tokens=12), name
         seen.append(now)
         assert_clean(model)
-    assert len({str(tokens) for tokens in seen}) >= len(seen) - 2  # the changes are such that they show
+    assert len({str(tokens) for tokens in seen}) > len(seen) // 2  # most changes show in the tokens
 
 
 def test_weights_that_change_within_a_call(model, batch):

@@ -90,7 +90,7 @@ class Engine:
         self.lock = threading.RLock()
         self._submitted: set[Request] = set()
         self._finished: list[RequestOutput] = []
-        self._closed = False
+        self._closed = self._stepping = False
 
     def _settings(self) -> CoreSettings:
         config, facts = self.config, self.facts
@@ -321,8 +321,20 @@ class Engine:
             if not all(request.ended for request in requests):
                 self._step()
 
+    @property
+    def stepping(self) -> bool:
+        """Whether this very thread is inside a step: a processor or a criterion that uses the engine."""
+        with self.lock:
+            return self._stepping
+
     def _step(self) -> StepResult:
-        result = self.core.step()
+        if self._stepping:
+            raise RuntimeError("a step is under way: what it calls (a processor, a criterion) cannot make another")
+        try:
+            self._stepping = True
+            result = self.core.step()
+        finally:
+            self._stepping = False
         for request in result.finished:
             if request in self._submitted:
                 self._submitted.discard(request)

@@ -71,6 +71,7 @@ def run_prepared(
     if reason is None:
         try:
             engine = REGISTRY.engine_for(model, config)
+            reason = "it is made inside a step of the model's engine" if engine.stepping else None
         except CannotDrive as error:
             reason = str(error)
     if reason is not None:

@@ -1,0 +1,164 @@
+"""A machine over the whole engine: whatever happens beside it, a request gets the tokens that it gets alone."""
+
+import pytest
+from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hf_paged.params import SamplingParams
+
+
+def fail(*_):
+    raise RuntimeError("on purpose")
+
+
+@st.composite
+def parameters(draw):
+    """Any sampling parameters that the toy tokenizer's vocabulary takes."""
+    n = draw(st.sampled_from([1, 1, 1, 2, 5]))
+    given = {
+        "n": n,
+        "best_of": draw(st.sampled_from([None, n, n + 2])),
+        "temperature": draw(st.sampled_from([0.0, 0.7, 1.0])) if n == 1 else 1.0,
+        "max_tokens": draw(st.integers(1, 8)),
+        "priority": draw(st.sampled_from([0.0, 0.0, -1.0, 3.0])),
+        "ignore_eos": draw(st.booleans()),
+        "stop": draw(st.sampled_from([(), (), ("ab",), ("c", "dd")])),
+        "stop_token_ids": draw(st.sampled_from([(), (), (4, 5)])),
+        "logprobs": draw(st.sampled_from([None, None, 0, 3])),
+        "prompt_logprobs": draw(st.sampled_from([None, None, 1])),
+        "repetition_penalty": draw(st.sampled_from([1.0, 1.3])),
+        "logit_bias": draw(st.sampled_from([None, None, {EOS: 4.0}, {POISON: 4.0}])),
+        "logits_processors": draw(st.sampled_from([(), (), (), (fail,)])),
+    }
+    if given["temperature"] == 0.0:
+        given["best_of"] = None
+    given["min_tokens"] = draw(st.integers(0, given["max_tokens"]))
+    return SamplingParams(**given)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Submit, step, cancel, and let the model or an interrupt break off a step, at random."""
+
+    @initialize(
+        num_pages=st.integers(1, 15),
+        page_size=st.integers(1, 4),
+        max_batch_tokens=st.sampled_from([1, 2, 5, 16]),
+        max_sequences=st.integers(1, 5),
+    )
+    def start(self, num_pages, page_size, max_batch_tokens, max_sequences):
+        self.core = toy_core(num_pages, page_size, max_batch_tokens, max_sequences, eos=True)
+        self.requests = []
+        self.most = num_pages * page_size + 1
+
+    @rule(
+        prompt=st.lists(st.sampled_from([*range(6), POISON]), max_size=20), params=parameters(), seed=st.integers(0, 3)
+    )
+    def submit(self, prompt, params, seed):
+        fits = len(prompt) > 0 and len(prompt) + params.max_tokens <= self.most
+        try:
+            self.requests.append(self.core.submit(prompt, params, seed=seed))
+        except ValueError:
+            assert not fits
+        else:
+            assert fits
+
+    @rule(times=st.integers(1, 4))
+    def step(self, times):
+        for _ in range(times):
+            for request in self.core.step().finished:
+                assert request.ended and request.finished
+
+    @precondition(lambda self: self.core.busy)
+    @rule(data=st.data())
+    def cancel(self, data):
+        request = data.draw(st.sampled_from(self.core.requests), label="request")
+        assert self.core.cancel(request.request_id) and request.ended
+        assert all(row.sequence is None for row in request.rows)
+
+    @precondition(lambda self: self.core.busy)
+    @rule(error=st.sampled_from([RuntimeError, KeyboardInterrupt]), when=st.sampled_from(["before", "after"]))
+    def broken_forward(self, error, when):
+        def broken(plan):
+            raise error
+
+        setattr(self.core.forward, when, broken)
+        planned = len(self.core.forward.plans)
+        try:
+            self.core.step()
+        except error:
+            assert len(self.core.forward.plans) == planned + 1
+        else:  # rows that shared their pages all had to sit this step out
+            assert len(self.core.forward.plans) == planned
+        setattr(self.core.forward, when, None)
+
+    @precondition(lambda self: self.core.busy)
+    @rule(
+        at=st.integers(1, 4),
+        place=st.sampled_from(["memory.reserve", "memory.commit", "roster.finish", "roster.preempt", "decode"]),
+    )
+    def interrupted(self, at, place):
+        owner, name = self.core, place
+        if "." in place:
+            owner, name = getattr(self.core, place.split(".")[0]), place.split(".")[1]
+        original, left = getattr(owner, name), [at]
+
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+        try:
+            self.core.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            setattr(owner, name, original)
+
+    @invariant()
+    def laws(self):
+        if not hasattr(self, "core"):
+            return
+        assert_finite(self.core)
+        assert len(self.core.roster.running) <= self.core.settings.max_sequences
+        open_requests = {r for r in self.requests if not r.ended}
+        assert open_requests == set(self.core.requests)
+
+    def teardown(self):
+        if not hasattr(self, "core"):
+            return
+        run(self.core, 2000)
+        assert_idle(self.core)
+        for request in self.requests:
+            expected = alone(request.prompt_ids, request.params, request.rows[0].sampling.seed, eos=True)
+            compare(request, expected)
+
+
+def compare(request, expected):
+    assert request.ended and type(request.error) is type(expected.error)
+    for row, other in zip(request.rows, expected.rows, strict=True):
+        if row.finish_reason == "cancelled":
+            assert row.output_ids == other.output_ids[: len(row.output_ids)]
+            continue
+        if request.error is not None:  # how far the other rows came is not said
+            assert row.finish_reason in ("error", other.finish_reason)
+            continue
+        assert row.output_ids == other.output_ids
+        assert (row.finish_reason, row.stop_reason) == (other.finish_reason, other.stop_reason)
+        assert row.logprobs == other.logprobs and row.text_length == other.text_length
+    if request.rows[0].finish_reason not in ("cancelled", "error"):
+        assert request.prompt_logprobs == expected.prompt_logprobs
+        outputs, others = (r.output(lambda row: "").outputs for r in (request, expected))
+        assert [o.token_ids for o in outputs] == [o.token_ids for o in others]
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.slow
+class TestEngineMachineLong(EngineMachine.TestCase):
+    settings = settings(max_examples=1500, stateful_step_count=50, deadline=None)
