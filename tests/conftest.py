@@ -27,8 +27,8 @@ def spread(model: PreTrainedModel, std: float = 0.3) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
-        elif name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
+        elif name.endswith(("bias", "sinks")):
+            torch.nn.init.normal_(parameter, std=0.1 if name.endswith("bias") else 1.0)
     model.generation_config.pad_token_id, model.generation_config.bos_token_id = PAD, BOS
     model.generation_config.eos_token_id = None
     return model.eval()

@@ -133,7 +133,7 @@ def test_all_engines_make_the_tokens_of_each_row_alone(loaded, work):
 def test_continuous_batching_makes_each_requests_own_length(loaded, work):
     with without_end_token(loaded.model):
         reference = generate_alone(loaded.model, work, 1, lambda: None)
-        run = HfContinuous(loaded.model, num_blocks=8, page_size=16).run(work)
+        run = HfContinuous(loaded.model, num_blocks=8, max_batch_tokens=64).run(work)
     assert run.tokens == reference
     assert [value is None for value in run.tpot] == [n == 1 for n in work.lengths]
 

@@ -71,9 +71,9 @@ class EngineMachine(RuleBasedStateMachine):
                 assert request.ended and request.finished
 
     @precondition(lambda self: self.core.busy)
-    @rule(data=st.data())
-    def cancel(self, data):
-        request = data.draw(st.sampled_from(self.core.requests), label="request")
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which):
+        request = self.core.requests[which % len(self.core.requests)]
         assert self.core.cancel(request.request_id) and request.ended
         assert all(row.sequence is None for row in request.rows)
 
@@ -138,18 +138,17 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 def compare(request, expected):
-    assert request.ended and type(request.error) is type(expected.error)
+    cancelled = any(row.finish_reason == "cancelled" for row in request.rows)
+    assert request.ended and (cancelled or type(request.error) is type(expected.error))
     for row, other in zip(request.rows, expected.rows, strict=True):
-        if row.finish_reason == "cancelled":
-            assert row.output_ids == other.output_ids[: len(row.output_ids)]
-            continue
-        if request.error is not None:  # how far the other rows came is not said
-            assert row.finish_reason in ("error", other.finish_reason)
+        if cancelled or request.error is not None:  # how far the rows came is not said
+            both = min(len(row.output_ids), len(other.output_ids))
+            assert row.output_ids[:both] == other.output_ids[:both]
             continue
         assert row.output_ids == other.output_ids
         assert (row.finish_reason, row.stop_reason) == (other.finish_reason, other.stop_reason)
         assert row.logprobs == other.logprobs and row.text_length == other.text_length
-    if request.rows[0].finish_reason not in ("cancelled", "error"):
+    if request.error is None and not cancelled:
         assert request.prompt_logprobs == expected.prompt_logprobs
         outputs, others = (r.output(lambda row: "").outputs for r in (request, expected))
         assert [o.token_ids for o in outputs] == [o.token_ids for o in others]
