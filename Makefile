@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS ?= transformers==5.17.0
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The tests of what depends on the transformers version: all but those of the packaging, the command line and the benchmarks.
@@ -48,7 +48,7 @@ setup: $(VENV)/.ready
 
 # torch first and pinned: development and CI use one version, the package itself asks for a range.
 $(VENV)/.ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "hf_paged needs Python 3.11, 3.12 or 3.13; none was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "hf_paged needs Python 3.11 to 3.14; none was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "setting up $(VENV) with $(PYTHON) (a few minutes, once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) "$(TORCH)"
@@ -56,7 +56,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 $(VENV_OLDEST)/.ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "hf_paged needs Python 3.11, 3.12 or 3.13; none was found." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "hf_paged needs Python 3.11 to 3.14; none was found." >&2; exit 1; }
 	test -x $(VENV_OLDEST)/bin/python || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/python $(PIP) "$(TORCH)"
 	$(VENV_OLDEST)/bin/python $(PIP) -e ".[dev]" "$(OLDEST_TRANSFORMERS)"

@@ -37,20 +37,21 @@ class PagedView:
     plan: StepPlan
     layer: int
     fresh: tuple[torch.Tensor, torch.Tensor]
+    windows: dict[int, int | None]  # for notes: the window that each layer's attention asked for
 
 
 class StepCache(Cache):
     """The cache object of one packed forward: stores KV in the plan's slots and hands on a `PagedView`."""
 
-    def __init__(self, store: KVStore, plan: StepPlan) -> None:
+    def __init__(self, store: KVStore, plan: StepPlan, windows: dict[int, int | None]) -> None:
         super().__init__(layers=[DynamicLayer() for _ in store.layers])
-        self.store, self.plan = store, plan
+        self.store, self.plan, self.windows = store, plan, windows
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Keys and values `[1, kv_heads, tokens, dim]` go to their slots."""
         key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         write_kv(key, value, self.store.keys[layer_idx], self.store.values[layer_idx], self.plan.rows)
-        view = PagedView(self.store, self.plan, layer_idx, (key, value))
+        view = PagedView(self.store, self.plan, layer_idx, (key, value), self.windows)
         return view, view
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -73,13 +74,14 @@ def _over(name: str, original: Callable) -> Callable:
         for argument in ("position_bias", "alibi", "head_mask"):
             if kwargs.get(argument) is not None:
                 raise CannotDrive(f"its attention takes {argument}")
+        window = key.windows[key.layer] = kwargs.get("sliding_window")
         pages = key.store.keys[key.layer], key.store.values[key.layer]
         out = paged_attention(
             query[0].transpose(0, 1),
             *pages,
             key.plan.rows,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=kwargs.get("sliding_window"),
+            window=window,
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
             fresh=key.fresh,
@@ -154,10 +156,14 @@ class ModuleForward:
     Args:
         model: function that gives the model (so that an engine need not keep it alive).
         store: KV of the model.
+
+    Attributes:
+        windows: sliding window by layer, as the model's attention asked for it last (None: it sees everything).
     """
 
     def __init__(self, model: Callable[[], nn.Module], store: KVStore) -> None:
         self.model, self.store = model, store
+        self.windows: dict[int, int | None] = {}
 
     @torch.no_grad()
     def __call__(self, plan: StepPlan) -> torch.Tensor:
@@ -173,7 +179,7 @@ class ModuleForward:
                     position_ids=plan.positions[None],
                     # With four axes it is taken as made: modelling code makes none.
                     attention_mask=tokens.new_zeros(1, 1, 1, 1),
-                    past_key_values=StepCache(self.store, plan),
+                    past_key_values=StepCache(self.store, plan, self.windows),
                     use_cache=True,
                     logits_to_keep=plan.logits_at,
                     return_dict=True,

@@ -97,7 +97,7 @@ class Engine:
         return CoreSettings(
             max_batch_tokens=config.max_batch_tokens or (512 if facts.device.type == "cpu" else 8192),
             max_sequences=config.max_sequences,
-            max_model_len=config.max_model_len or facts.max_positions or 1 << 60,
+            max_model_len=min(config.max_model_len or facts.max_positions or 1 << 60, facts.steady_length or 1 << 60),
             vocab_size=facts.vocab_size,
             eos_ids=facts.eos_ids,
             check=config.check,

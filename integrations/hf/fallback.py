@@ -50,9 +50,9 @@ def transformers_loop(
         )
     logger.info("transformers' own loop runs this call: %s", reason)
     cache = model_kwargs.get("past_key_values")
-    if model_kwargs.get("use_cache", True) and cache is not None and not cache.get_seq_length():
+    if model_kwargs.get("use_cache", True) and (cache is None or not cache.get_seq_length()):
         paged = make_cache(model, config)
-        if paged is not None:
+        if paged is not None and cache is not None:
             model_kwargs["past_key_values"] = paged
     extra = {"streamer": streamer} if method == "_sample" else {}
     return getattr(type(model), method)(

@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.attention import CannotDrive
 from hf_paged.integrations.call import Call
+from hf_paged.integrations.engine import Engine
 from hf_paged.integrations.fallback import transformers_loop
 from hf_paged.integrations.processors import LOOP_ONLY, Criteria, RowPrompt
 from hf_paged.integrations.registry import REGISTRY
@@ -71,7 +72,7 @@ def run_prepared(
     if reason is None:
         try:
             engine = REGISTRY.engine_for(model, config)
-            reason = "it is made inside a step of the model's engine" if engine.stepping else None
+            reason = _why_not_on(engine, prompts, Criteria.of(criteria).max_length - input_ids.shape[1])
         except CannotDrive as error:
             reason = str(error)
     if reason is not None:
@@ -124,6 +125,16 @@ def _why_not(prompts, processors, criteria, generation_config, model_kwargs) -> 
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, None):
             return f"{name} is asked for"
+    return None
+
+
+def _why_not_on(engine: Engine, prompts: list[RowPrompt], new_tokens: int) -> str | None:
+    """Why this engine cannot run the call; None where it can."""
+    if engine.stepping:
+        return "it is made inside a step of the model's engine"
+    steady, longest = engine.facts.steady_length, max(len(p.ids) for p in prompts) + new_tokens
+    if steady is not None and longest > steady:
+        return f"the model's rotary embeddings change beyond {steady} tokens, and a row may have {longest}"
     return None
 
 

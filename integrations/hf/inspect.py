@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ class ModelFacts:
         dtype, device: of its KV.
         vocab_size: ids that its embedding takes.
         max_positions: tokens that it was made for, or None.
+        steady_length: tokens up to which positions mean the same whatever else a forward holds, or None: always.
         eos_ids: ids that end a text, from its generation config.
     """
 
@@ -34,6 +36,7 @@ class ModelFacts:
     device: torch.device
     vocab_size: int
     max_positions: int | None
+    steady_length: int | None
     eos_ids: tuple[int, ...]
 
 
@@ -69,8 +72,22 @@ def model_facts(model: nn.Module) -> ModelFacts:
         device=embedding.weight.device,
         vocab_size=embedding.num_embeddings,
         max_positions=getattr(config, "max_position_embeddings", None),
+        steady_length=_steady_length(config),
         eos_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
     )
+
+
+def _steady_length(config: Any) -> int | None:
+    """Rotary embeddings of type "dynamic" and "longrope" change for all tokens once one of a forward lies beyond."""
+    given = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for rope in [given, *(part for part in given.values() if isinstance(part, dict))]:
+        kind = rope.get("rope_type") or ""
+        if "dynamic" in kind:
+            limits.append(config.max_position_embeddings)
+        elif kind == "longrope":
+            limits.append(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 class _evaluating:
@@ -106,6 +123,16 @@ class PagedForward:
         return self.run(plan)
 
 
+def _check_windows(config: Any, windows: dict[int, int | None]) -> None:
+    """Whether each layer's attention asks for the window that its config has: some leave that to the mask alone."""
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    for layer, asked in windows.items():
+        slides = kinds[layer] == "sliding_attention" if kinds else True
+        wanted = window if slides else None
+        if asked != wanted:
+            raise CannotDrive(f"attention of layer {layer} asks for window {asked}, its config for {wanted}")
+
+
 def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
     """Hold packed, paged logits of a few tokens in two rows, in two steps, against the model's own, a row at a time.
 
@@ -132,6 +159,7 @@ def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
         raise
     except Exception as error:
         raise CannotDrive(f"its code does not work on pages ({type(error).__name__}: {error})") from error
+    _check_windows(config, getattr(forward.run, "windows", {}))
     with switch_lock(model), torch.no_grad(), _evaluating(model):
         for i, row in enumerate(rows):
             ids = torch.tensor([row], device=facts.device)
