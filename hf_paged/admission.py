@@ -67,14 +67,6 @@ def checked_length(length: int, params: SamplingParams, capacity: Capacity) -> i
 
 
 def bad_word_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of words that may not be generated, each as it stands at the beginning of a text and behind a space.
-
-    As in vLLM, the second form counts where it is a token sequence of its own: of the same length, beginning otherwise.
-    """
-    found: list[tuple[int, ...]] = []
-    for word in words:
-        plain, spaced = tuple(encode(word)), tuple(encode(" " + word.lstrip()))
-        found.append(plain)
-        if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
-            found.append(spaced)
-    return tuple(ids for ids in found if ids)
+    """Token ids of words that may not be generated, each as it stands at the beginning of a text and behind a space."""
+    forms = [form for word in words for form in (word, " " + word.lstrip())]
+    return tuple(dict.fromkeys(ids for ids in (tuple(encode(form)) for form in forms) if ids))

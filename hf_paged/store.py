@@ -25,10 +25,11 @@ class LayerShape:
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros that, on a CPU, cost memory only where they are written (fresh pages of the system are zero anyway)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 class KVStore:

@@ -87,6 +87,17 @@ def assert_equal(model: PreTrainedModel, **arguments: Any) -> torch.Tensor:
     return paged
 
 
+def same_error(model: PreTrainedModel, kind: type[Exception] = ValueError, **arguments: Any) -> str:
+    """Both ways refuse the call in the same words; returns them."""
+    messages = []
+    for extra in ({}, {"cache_implementation": "paged"}):
+        with pytest.raises(kind) as error:
+            model.generate(**arguments, **extra)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
 def engine_of(model: PreTrainedModel) -> Any:
     """The model's engine, or None."""
     return REGISTRY.find(model)
@@ -146,3 +157,15 @@ def text_model() -> LlamaForCausalLM:
     made = tiny_llama(vocab_size=4096)
     made.generation_config.pad_token_id, made.generation_config.bos_token_id = 1, 0
     return made
+
+
+@pytest.fixture
+def rows() -> dict[str, torch.Tensor]:
+    """Three prompts of one length."""
+    return {"input_ids": torch.cat(prompts_of(6, 6, 6))}
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three prompts of several lengths, left-padded."""
+    return left_padded(prompts_of(9, 4, 13))

@@ -28,6 +28,7 @@ def ending_early(model, batch, at=(3, 6)):
 
 @pytest.fixture
 def batch():
+    """One row more than elsewhere, of a single token."""
     return left_padded(prompts_of(9, 4, 13, 1))
 
 
@@ -111,6 +112,12 @@ def test_left_padded_rows_equal_each_row_alone(model):
 @pytest.mark.parametrize("eos", [None, 7, PAD])
 def test_pads_without_a_mask(model, batch, eos):
     assert_equal(model, input_ids=batch["input_ids"], max_new_tokens=8, eos_token_id=eos)
+
+
+def test_ids_of_other_types(model, batch):
+    for dtype in (torch.int32, torch.int64):
+        mask = batch["attention_mask"]
+        assert_equal(model, input_ids=batch["input_ids"].to(dtype), attention_mask=mask, max_new_tokens=4)
 
 
 def test_a_mask_of_other_types(model, batch):
@@ -285,7 +292,7 @@ def assert_same_output(plain, paged):
 def test_return_dict(model, batch, ways, wanted, ending):
     asked = dict.fromkeys(wanted, True) | {"return_dict_in_generate": True}
     asked["eos_token_id"] = ending_early(model, batch) if ending else None
-    plain, paged = both(model, **batch, max_new_tokens=10, repetition_penalty=1.3, **asked)
+    plain, paged = both(model, **batch, max_new_tokens=10, sequence_bias=[[[3], 1.5]], **asked)
     assert_same_output(plain, paged)
     assert ways.taken() == "engine"
     assert_clean(model)
@@ -307,6 +314,20 @@ def test_scores_of_sampling(model, batch):
     assert_same_output(plain, paged)
     transition = model.compute_transition_scores(paged.sequences, paged.scores)
     assert_close(transition, model.compute_transition_scores(plain.sequences, plain.scores))
+
+
+@pytest.mark.parametrize("config", [{}, {"max_sequences": 2}, {"num_pages": 10}])
+def test_scores_of_several_sequences(model, config):
+    """Rows that have ended go on beside those that wait to begin."""
+    batch = left_padded(prompts_of(9, 4))
+    settings = dict(max_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=3)
+    new = model.generate(**batch, **settings)[:, 9:]
+    settings |= dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    settings["eos_token_id"] = [int(new[0, 2]), int(new[3, 4])]
+    plain = model.generate(**batch, **settings)
+    paged = model.generate(**batch, **settings, cache_implementation="paged", cache_config=config)
+    assert_same_output(plain, paged)
+    assert_clean(model)
 
 
 def test_the_returned_cache_goes_on(model):

@@ -239,14 +239,16 @@ def test_prompt_logprobs(max_batch_tokens, n):
 
 
 def test_prompt_logprobs_of_a_prompt_preempted_half_way():
-    core = toy_core(10, 2, 3)
+    core = toy_core(12, 2, 3)
+    other = core.submit(prompts(3)[0], SamplingParams(max_tokens=16, priority=-1), seed=0)
+    core.step()
     request = core.submit(prompts(16)[0], SamplingParams(max_tokens=2, prompt_logprobs=1), seed=0)
-    for _ in range(3):
+    while not request.metrics.preemptions and core.busy:
         core.step()
-    assert 1 < len(request.prompt_logprobs) < 16
-    core.submit(prompts(3)[0], SamplingParams(max_tokens=12, priority=-1), seed=0)
+    assert 1 < len(request.prompt_logprobs) < 16 and not request.rows[0].output_ids
     run(core)
-    assert request.metrics.preemptions and request.prompt_logprobs == alone(*submitted(request)).prompt_logprobs
+    assert request.prompt_logprobs == alone(*submitted(request)).prompt_logprobs
+    assert_as_alone([request, other])
 
 
 def submitted(request):
@@ -581,6 +583,60 @@ def test_an_interrupt_anywhere_loses_nothing(monkeypatch, place, after):
                 core.cancel(request.request_id)
         run(core)
         assert_idle(core)
+
+
+@pytest.mark.parametrize("name", ["append_drawn", "check_finished"])
+def test_an_interrupt_while_the_last_tokens_are_handed_out(monkeypatch, name):
+    import hf_paged.engine as module
+
+    for at in range(1, 16):
+        core = toy_core()
+        params = [
+            SamplingParams(n=2, max_tokens=3, logprobs=1),
+            SamplingParams(max_tokens=9, stop_token_ids=[4, 5, 6, 7]),
+            SamplingParams(max_tokens=9, stop=["c", "de"]),
+        ]
+        requests = [core.submit([1, 2, i], p, seed=i) for i, p in enumerate(params)]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, Bomb(getattr(module, name), at, after=True))
+            with pytest.raises(KeyboardInterrupt):
+                run(core)
+        run(core)
+        for request in requests:
+            other = alone(*submitted(request))
+            for row, expected in zip(request.rows, other.rows, strict=True):
+                assert row.output_ids == expected.output_ids and row.logprobs == expected.logprobs
+                assert (row.finish_reason, row.stop_reason) == (expected.finish_reason, expected.stop_reason)
+
+
+def test_an_interrupt_before_pages_are_copied(monkeypatch):
+    """Tables point to the new pages already, which hold nothing yet."""
+    core = toy_core(page_size=4)
+    request = core.submit([1, 2, 3, 4, 5, 6], SamplingParams(n=3, max_tokens=4), seed=0)
+    core.step()
+    monkeypatch.setattr(core.store, "copy", Bomb(core.store.copy, 1, after=False))
+    with pytest.raises(KeyboardInterrupt):
+        core.step()
+    run(core)
+    assert_as_alone([request])
+
+
+def test_a_forward_that_stores_nan_and_raises():
+    def fail(plan):
+        core.forward.after = None
+        raise RuntimeError("on purpose")
+
+    core = toy_core(12, 2)
+    other = core.submit([1, 2, 3], SamplingParams(max_tokens=3), seed=0)
+    bad = core.submit([1] * 9 + [POISON], SamplingParams(max_tokens=3), seed=0)
+    core.forward.after = fail
+    with pytest.raises(RuntimeError, match="on purpose"):
+        core.step()
+    assert_finite(core)
+    core.cancel(bad.request_id)
+    assert_finite(core)
+    run(core)
+    assert_as_alone([other])
 
 
 # -- the edges

@@ -23,9 +23,11 @@ from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
 PREFIX = "hf_paged_over_"
+# What modelling code hands to attention that pages honour, or that attention does not look at.
+KNOWN_TENSORS = ("s_aux", "position_ids", "cache_position", "position_embeddings")
 
 
-class CannotDrive(Exception):
+class CannotDrive(ValueError):
     """The engine cannot run this model's attention over pages; transformers' own loop can."""
 
 
@@ -65,14 +67,16 @@ class StepCache(Cache):
         return False
 
 
-def _over(name: str, original: Callable) -> Callable:
-    """The attention function registered under `name`."""
+def _over(implementation: str, original: Callable) -> Callable:
+    """Attention for `AttentionInterface`: over pages where it is given any, else `original`."""
+    # PyTorch's has neither, and transformers leaves them out there (Gemma 2 in 5.17): so it must be here.
+    full = implementation != "sdpa"
 
     def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
         if not isinstance(key, PagedView):
             return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        for argument in ("position_bias", "alibi", "head_mask"):
-            if kwargs.get(argument) is not None:
+        for argument, value in kwargs.items():  # a bias, a choice of tokens, …
+            if isinstance(value, torch.Tensor) and argument not in KNOWN_TENSORS:
                 raise CannotDrive(f"its attention takes {argument}")
         window = key.windows[key.layer] = kwargs.get("sliding_window")
         pages = key.store.keys[key.layer], key.store.values[key.layer]
@@ -82,13 +86,12 @@ def _over(name: str, original: Callable) -> Callable:
             key.plan.rows,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             window=window,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
+            softcap=kwargs.get("softcap") if full else None,
+            sinks=kwargs.get("s_aux") if full else None,
             fresh=key.fresh,
         )
         return out[None], None
 
-    attention.__name__ = name
     return attention
 
 
@@ -102,7 +105,7 @@ def _register(implementation: str) -> str:
     name = f"{PREFIX}{implementation}"
     functions, masks = AttentionInterface(), AttentionMaskInterface()
     if name not in functions:
-        AttentionInterface.register(name, _over(name, functions.get(implementation, _eager)))
+        AttentionInterface.register(name, _over(implementation, functions.get(implementation, _eager)))
         if implementation in masks:
             AttentionMaskInterface.register(name, masks[implementation])
     return name

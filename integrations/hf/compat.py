@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import cache_utils
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 
 def cache_layer_kinds(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
@@ -40,3 +42,11 @@ def cropped_length(length: int, count: int) -> int:
     it is the new length always.
     """
     return min(length, count) if count > 0 else max(length + count, 0)
+
+
+def runs_in_step_with_others(model: Any) -> bool:
+    """Whether `generate` would set `synced_gpus` by itself: the model's parameters are spread over processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)

@@ -14,6 +14,7 @@ from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from hf_paged.config import EngineConfig
+from hf_paged.integrations.compat import runs_in_step_with_others
 from hf_paged.integrations.fallback import make_cache
 from hf_paged.integrations.generate import ENGINE_MODES, run_prepared
 from hf_paged.integrations.generate import generate as paged_strategy
@@ -70,6 +71,22 @@ def _setting(name: str, kwargs: dict[str, Any], generation_config: Any, model: n
     return getattr(model.generation_config, name, None) if given is None else given
 
 
+def _engine_config(settings: dict[str, Any], of_call: Any) -> EngineConfig:
+    """The settings of `enable`, and before them those of a call.
+
+    Raises:
+        ValueError: an unknown or bad setting.
+    """
+    if isinstance(of_call, EngineConfig):
+        return of_call
+    if not isinstance(of_call, dict | None):
+        raise ValueError(f"cache_config={of_call!r} is not allowed: a dict of engine settings, or an EngineConfig")
+    of_call = of_call or {}
+    pool = {"num_pages", "memory_fraction"}  # two ways to say one thing
+    kept = {name: value for name, value in settings.items() if not (name in pool and pool & of_call.keys())}
+    return EngineConfig.from_dict(kept | of_call)
+
+
 class PagedCall:
     """One call of `generate` with `cache_implementation="paged"`: to the engine, or to transformers' own loop.
 
@@ -94,8 +111,7 @@ class PagedCall:
                 "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a "
                 "Cache object) is unsupported. Please use only one of the two."
             )
-        engine_settings = _setting("cache_config", kwargs, generation_config, model) or {}
-        self.config = EngineConfig.from_dict({**settings, **engine_settings})
+        self.config = _engine_config(settings, _setting("cache_config", kwargs, generation_config, model))
         self.generation_config = copy.deepcopy(generation_config)
         if kwargs.get("custom_generate") is paged_strategy:
             del kwargs["custom_generate"]  # it asks for the same
@@ -139,6 +155,8 @@ class PagedCall:
             value = self.kwargs.get(name)
             if value is not None and value is not False:
                 return f"{name} is given"
+        if self.kwargs.get("synced_gpus") is None and runs_in_step_with_others(self.model):
+            return "the model is spread over processes"
         if effective.token_healing:
             return "token_healing is asked for"
         return "use_cache is False" if effective.use_cache is False else None

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
 
-from hf_paged.config import EngineConfig, available_memory
-from hf_paged.engine import CoreSettings, EngineCore, StepResult
-from hf_paged.integrations.inspect import ModelFacts, PagedForward, model_facts, verify_forward
+from hf_paged.config import EngineConfig
+from hf_paged.engine import EngineCore, StepResult
+from hf_paged.integrations.events import EventFeed
+from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
+from hf_paged.integrations.prompts import Prompt, listed, refused
+from hf_paged.integrations.sizing import core_settings, pool_pages
 from hf_paged.kernels import choose_backend
-from hf_paged.outputs import RequestMetrics, RequestOutput, TokenEvent
+from hf_paged.outputs import RequestOutput, TokenEvent
 from hf_paged.params import SamplingParams
 from hf_paged.request import Request, Row
 from hf_paged.seeds import draw_seed, mix_seed
 from hf_paged.stats import EngineStats
 from hf_paged.store import KVStore
-from hf_paged.text import IncrementalText
-
-Prompt = str | Sequence[int]
-
-
-def pool_pages(config: EngineConfig, facts: ModelFacts) -> int:
-    """Pages of the pool: as asked, or what the memory fraction holds."""
-    if config.num_pages is not None:
-        return config.num_pages
-    page = KVStore.page_bytes(list(facts.layers), config.page_size, facts.dtype)
-    if facts.device.type == "cuda":
-        free, fraction = torch.cuda.mem_get_info(facts.device)[0], config.memory_fraction or 0.8
-    else:
-        free, fraction = available_memory(), config.memory_fraction or 0.4
-    return max(int(free * fraction) // page, 1)
 
 
 class Engine:
@@ -82,7 +71,7 @@ class Engine:
         self.core = EngineCore(
             self.forward,
             self.store,
-            self._settings(),
+            core_settings(config, self.facts),
             decode=self._decode if tokenizer is not None else None,
             encode=self._encode if tokenizer is not None else None,
             device=self.facts.device,
@@ -91,17 +80,6 @@ class Engine:
         self._submitted: set[Request] = set()
         self._finished: list[RequestOutput] = []
         self._closed = self._stepping = False
-
-    def _settings(self) -> CoreSettings:
-        config, facts = self.config, self.facts
-        return CoreSettings(
-            max_batch_tokens=config.max_batch_tokens or (512 if facts.device.type == "cpu" else 8192),
-            max_sequences=config.max_sequences,
-            max_model_len=min(config.max_model_len or facts.max_positions or 1 << 60, facts.steady_length or 1 << 60),
-            vocab_size=facts.vocab_size,
-            eos_ids=facts.eos_ids,
-            check=config.check,
-        )
 
     # -- whole calls
 
@@ -121,21 +99,20 @@ class Engine:
             use_tqdm: show progress.
             raise_errors: raise the first error instead of leaving it in `RequestOutput.error`.
         """
-        prompts = self._listed(prompts)
+        prompts = listed(prompts)
         results: list[RequestOutput | None] = [None] * len(prompts)
         bar = None
         if use_tqdm:
             from tqdm.auto import tqdm
 
             bar = tqdm(total=len(prompts), unit="request")
-        for index, output in self._run(prompts, sampling_params):
-            if raise_errors and output.error is not None:
-                raise output.error
-            results[index] = output
-            if bar is not None:
-                bar.update()
-        if bar is not None:
-            bar.close()
+        with closing(self._run(prompts, sampling_params)) as run, closing(bar) if use_tqdm else nullcontext():
+            for index, output in run:
+                if raise_errors and output.error is not None:
+                    raise output.error
+                results[index] = output
+                if bar is not None:
+                    bar.update()
         return results
 
     def generate_iter(
@@ -144,40 +121,27 @@ class Engine:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """As `generate`, but yields each result as soon as it is finished. Closing the iterator cancels the rest."""
-        for _, output in self._run(self._listed(prompts), sampling_params):
-            yield output
+        with closing(self._run(listed(prompts), sampling_params)) as run:
+            for _, output in run:
+                yield output
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Tokens of one prompt as they come. Closing the iterator cancels the request."""
         with self.lock:
             request = self._submit_one(prompt, sampling_params)
-        texts = [IncrementalText(self._decode) if self.tokenizer else None for _ in request.rows]
-        sent = [0] * len(request.rows)
+        feed = EventFeed(request, self._decode if self.tokenizer is not None else None)
         try:
-            while True:
-                done = request.ended
-                for row in request.rows:
-                    yield from self._events(row, texts[row.index], sent)
-                if done:
-                    break
+            done = False
+            while not done:
                 with self.lock:
                     if not request.ended:
                         self._step()
+                    done, events = request.ended, feed.take()
+                yield from events
         finally:
             self.drop([request])
         if request.error is not None:
             raise request.error
-
-    def _events(self, row: Row, text: IncrementalText | None, sent: list[int]) -> Iterator[TokenEvent]:
-        tokens, ended = list(row.output_ids), row.finish_reason
-        for at in range(sent[row.index], len(tokens)):
-            last = ended if at == len(tokens) - 1 else None
-            piece = text.update(tokens[: at + 1], final=last is not None) if text else ""
-            if row.text_length is not None:
-                piece = piece[: max(0, row.text_length - (len(text.text) - len(piece)))]
-            logprob = row.logprobs[at][tokens[at]] if len(row.logprobs) > at else None
-            yield TokenEvent(row.request.request_id, row.index, tokens[at], piece, logprob, last)
-        sent[row.index] = len(tokens)
 
     # -- the loop, for whoever owns it
 
@@ -255,13 +219,6 @@ class Engine:
         """Whether such a request needs a seed from torch's generator."""
         return params.seed is None and self.config.seed is None and not params.greedy
 
-    def _listed(self, prompts: Any) -> list[Prompt]:
-        if isinstance(prompts, torch.Tensor):
-            prompts = prompts.tolist()
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            return [prompts]
-        return [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
-
     def _submit_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None = None) -> Request:
         self.begin()
         params = params or SamplingParams()
@@ -285,14 +242,15 @@ class Engine:
 
     def _run(self, prompts: list[Prompt], params: Any) -> Iterator[tuple[int, RequestOutput]]:
         """Queue all, step until all have ended; yields index and result in order of their end."""
-        params = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        params = [param or SamplingParams() for param in params]
         if len(params) != len(prompts):
             raise ValueError(
                 f"sampling_params has {len(params)} entries for {len(prompts)} prompts: give one, or as many"
             )
         pending: dict[Request, int] = {}
         ended: list[Request] = []
-        refused = []
+        failed = []
         try:
             with self.lock:
                 self.begin()
@@ -303,8 +261,8 @@ class Engine:
                         request.on_end = ended.append
                         pending[request] = index
                     except ValueError as error:
-                        refused.append((index, _refused(prompt, index, error)))
-            yield from refused
+                        failed.append((index, refused(prompt, index, error)))
+            yield from failed
             while pending:
                 with self.lock:
                     if not ended:
@@ -359,9 +317,3 @@ class Engine:
             return ""
         text = self._decode(row.output_ids)
         return text if row.text_length is None else row.text.text[: row.text_length]
-
-
-def _refused(prompt: Prompt, index: int, error: Exception) -> RequestOutput:
-    text = prompt if isinstance(prompt, str) else None
-    ids = [] if isinstance(prompt, str) else list(prompt)
-    return RequestOutput(f"refused-{index}", text, ids, [], None, error, RequestMetrics(0.0), True)

@@ -53,10 +53,16 @@ def model_facts(model: nn.Module) -> ModelFacts:
     odd = sorted(kinds - set(DRIVABLE_LAYERS))
     if odd:
         raise CannotDrive(f"it has layers of type {', '.join(odd)}")
+    for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample"):
+        if not getattr(getattr(model, name, None), "__module__", "").startswith("transformers."):
+            raise CannotDrive(f"it has a {name} of its own")
     embedding = model.get_input_embeddings()
-    with switch_lock(model), torch.no_grad(), _evaluating(model):
-        ids = torch.zeros(1, 2, dtype=torch.long, device=embedding.weight.device)
-        cache = getattr(model(input_ids=ids, use_cache=True, return_dict=True), "past_key_values", None)
+    try:
+        with switch_lock(model), torch.no_grad(), _evaluating(model):
+            ids = torch.zeros(1, 2, dtype=torch.long, device=embedding.weight.device)
+            cache = getattr(model(input_ids=ids, use_cache=True, return_dict=True), "past_key_values", None)
+    except Exception as error:  # it may need more than token ids; if it is broken, its caller will be told
+        raise CannotDrive(f"it does not run on token ids alone ({type(error).__name__}: {error})") from error
     layers = []
     for layer in getattr(cache, "layers", ()):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -84,7 +90,7 @@ def _steady_length(config: Any) -> int | None:
     for rope in [given, *(part for part in given.values() if isinstance(part, dict))]:
         kind = rope.get("rope_type") or ""
         if "dynamic" in kind:
-            limits.append(config.max_position_embeddings)
+            limits.append(config.max_position_embeddings - 1)  # at this very length some state of older calls is kept
         elif kind == "longrope":
             limits.append(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     return min(limits, default=None)

@@ -1,7 +1,8 @@
 """A lean forward for the Llama family: the model's own weights, without the modules' overhead.
 
-It reads parameters where they are at every step, so weights that change in place, or are replaced, are honoured. Modules
-of any other make (adapters, quantised layers, hooks) make `LeanForward.build` decline: the model's own forward runs.
+It reads parameters where they are at every step, so weights that change in place, or are replaced, are honoured.
+Modules of any other make (adapters, quantised layers, hooks) make `LeanForward.build` decline: the model's own forward
+runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 
 
 def _plain(module: nn.Module, kind: type | str) -> bool:
-    """Whether `module` is exactly of this kind, with its own forward and no hooks."""
+    """Whether `module` is exactly of this kind, with its own forward (not a subclass's, nor a patch) and no hooks."""
     same = type(module).__name__.endswith(kind) if isinstance(kind, str) else type(module) is kind
     hooks = (
         module._forward_hooks,
@@ -30,7 +31,8 @@ def _plain(module: nn.Module, kind: type | str) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return same and "forward" not in vars(module) and not any(hooks)
+    own = type(module).forward.__module__.startswith(("transformers.", "torch."))
+    return same and own and "forward" not in vars(module) and not any(hooks)
 
 
 @dataclass(frozen=True, eq=False)

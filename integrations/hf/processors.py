@@ -102,6 +102,7 @@ def native_params(processors: Sequence[Any], keep_scores: bool) -> tuple[dict[st
 
 def _is_default(warper: Any) -> bool:
     ordinary = getattr(warper, "filter_value", -float("inf")) == -float("inf")
+    ordinary = ordinary and getattr(warper, "top_p", 1.0) > 0  # 0 keeps one token; `SamplingParams` does not take it
     return ordinary and getattr(warper, "min_tokens_to_keep", 1) == 1
 
 

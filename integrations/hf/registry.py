@@ -16,16 +16,21 @@ from hf_paged.integrations.engine import Engine
 
 
 def _signature(model: nn.Module) -> tuple[Any, ...]:
-    """What an engine's memory was laid out for."""
-    weight = model.get_input_embeddings().weight
-    return (weight.device, weight.dtype, weight.shape[0], len(getattr(model, "peft_config", None) or ()))
+    """What an engine was made for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise CannotDrive("it has no ordinary input embeddings")
+    kind = weight.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return (autocast, weight.device, weight.dtype, weight.shape[0], len(getattr(model, "peft_config", None) or ()))
 
 
 class EngineRegistry:
     """Engines by model, weakly: a model that is freed takes its engine and its KV memory with it."""
 
     def __init__(self) -> None:
-        self._engines: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Engine | CannotDrive]]
+        # What it was made for, and the engine, or why there is none.
+        self._engines: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Engine | str]]
         self._engines = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
@@ -39,19 +44,19 @@ class EngineRegistry:
             signature = _signature(model)
             known = self._engines.get(model)
             if known is not None and known[0][0] == signature:
-                if isinstance(known[1], CannotDrive):
-                    raise known[1]
+                if isinstance(known[1], str):
+                    raise CannotDrive(known[1])
                 if known[0][1] == config:
                     return known[1]
+            # `generate` lets a text grow past the positions that a model was made for: so does its engine.
+            wanted = replace(config, max_model_len=config.max_model_len or 1 << 40)
             try:
-                # `generate` lets a text grow past the positions that a model was made for: so does its engine.
-                wanted = replace(config, max_model_len=config.max_model_len or 1 << 40)
-                made: Engine | CannotDrive = Engine(model, wanted, model_ref=weakref.ref(model))
+                made = Engine(model, wanted, model_ref=weakref.ref(model))
             except CannotDrive as error:
-                made = error.with_traceback(None)
+                # Its words alone: an exception holds frames, and these hold the model.
+                self._engines[model] = ((signature, config), str(error))
+                raise
             self._engines[model] = ((signature, config), made)
-            if isinstance(made, CannotDrive):
-                raise made
             return made
 
     def find(self, model: nn.Module) -> Engine | None:
@@ -69,11 +74,6 @@ class EngineRegistry:
         """All engines there are."""
         with self._lock:
             return [made for _, made in self._engines.values() if isinstance(made, Engine)]
-
-
-def inference_device(model: nn.Module) -> torch.device:
-    """Where ids of a batch are put: the device of the input embeddings."""
-    return model.get_input_embeddings().weight.device
 
 
 # Weak and per model: it holds no setting that two models could disagree on.

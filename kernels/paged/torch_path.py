@@ -51,7 +51,8 @@ def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) 
         part = part.reshape(group.rows, heads, group.width * size)
         if softcap is not None:
             part = part.div_(softcap).tanh_().mul_(softcap)
-        part = _softmax(part.add_(group.bias.to(part.dtype)), sinks)
+        # Not added: padding shows the pages of another row, whose numbers may not be finite.
+        part = _softmax(part.masked_fill_(group.bias < 0, -torch.inf), sinks)
         weights.append(part.view(group.rows, heads, group.width, size).transpose(1, 2).reshape(-1, heads * size))
     weights = weights[0] if len(weights) == 1 else torch.cat(weights)
     weights = weights.index_select(0, index.back).view(pages * kv_heads, heads // kv_heads, size)

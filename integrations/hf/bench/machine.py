@@ -42,13 +42,22 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def load_average() -> float | None:
+    """Processes that want a core, averaged over the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
 def machine() -> dict[str, Any]:
-    """CPU, cores, threads, accelerator and versions."""
+    """CPU, cores, threads, what keeps it busy, accelerator and versions."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": processor(),
         "cores": cores(),
         "torch_threads": torch.get_num_threads(),
+        "load_average": load_average(),
         "cuda_device": cuda,
         "versions": versions(),
     }

@@ -16,6 +16,7 @@ from hf_paged.integrations.cli.console import (
     print_json,
     quiet_transformers,
     settings_of,
+    warn_if_busy,
 )
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ def _load(
         raise BadInput(f"--vllm-python {vllm_python}: no such interpreter")
     quiet_transformers()
     opt.set_threads(threads)
+    warn_if_busy()
     return load(model, dtype, device)
 
 

@@ -126,6 +126,19 @@ def quiet_transformers() -> None:
     hub_logging.set_verbosity_error()
 
 
+def warn_if_busy() -> None:
+    """Say so when something else keeps the machine busy.
+
+    Threads that must share a core wait for each other all the time: figures can be off by a factor of ten, for some
+    engines more than for others.
+    """
+    from hf_paged.integrations.bench.machine import cores, load_average
+
+    load = load_average()
+    if load is not None and load > max(1.0, 0.6 * cores()):
+        complain(f"the machine is busy (load {load:.1f} on {cores()} cores): timings will be off")
+
+
 class Bar:
     """A progress bar on stderr, only on a terminal; the same calls as the benchmarks' `Progress`."""
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hf_paged.integrations.cli import options as opt
-from hf_paged.integrations.cli.console import Bar, command, print_json, quiet_transformers
+from hf_paged.integrations.cli.console import Bar, command, print_json, quiet_transformers, warn_if_busy
 
 Requests = Annotated[int, typer.Option("--requests", "-n", min=1, help="How many of the prompts.")]
 Show = Annotated[int, typer.Option(min=0, help="How many answers to show.")]
@@ -38,6 +38,7 @@ def demo(
     lengths = read_lengths(bundled("data/output_lengths.csv"), requests, max_output)
     quiet_transformers()
     opt.set_threads(threads)
+    warn_if_busy()
     loaded = load(model, dtype, device)
     work = build_workload(loaded.tokenizer, texts, lengths, loaded.limit)
     report, runs = compare_engines(loaded, work)

@@ -56,8 +56,8 @@ def plan(model: str, dtype: str, device: str | None, settings: dict[str, Any]) -
     """
     from hf_paged.config import EngineConfig
     from hf_paged.integrations.bench.models import load
-    from hf_paged.integrations.engine import pool_pages
     from hf_paged.integrations.inspect import model_facts
+    from hf_paged.integrations.sizing import pool_pages
     from hf_paged.store import KVStore
 
     quiet_transformers()

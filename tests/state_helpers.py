@@ -1,0 +1,55 @@
+"""What the tests of the generate contract's "State" share."""
+
+import torch
+from conftest import spread
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+
+def tiny_neox(seed=0, **settings):
+    """A model that the engine runs through its own forward."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    return spread(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=256, **settings)))
+
+
+def generate(model, batch, **settings):
+    return model.generate(**batch, **{"max_new_tokens": 8, "cache_implementation": "paged", **settings})
+
+
+def plain(model, batch, **settings):
+    return model.generate(**batch, **{"max_new_tokens": 8, **settings}).tolist()
+
+
+def as_found(model):
+    """Everything about a model that a call might change."""
+    modules = dict(model.named_modules())
+    return {
+        "training": {name: module.training for name, module in modules.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "hooks": {
+            name: [len(getattr(module, kind)) for kind in vars(module) if kind.endswith("_hooks")]
+            for name, module in modules.items()
+        },
+        "attention": {
+            name: module.config._attn_implementation for name, module in modules.items() if hasattr(module, "config")
+        },
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "gradients": {name: p.requires_grad for name, p in model.named_parameters()},
+    }
+
+
+class Oops(Exception):
+    pass
+
+
+def failing(after, error):
+    """A function that raises `error` when it is called for the `after`-th time."""
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise error
+
+    return fail
