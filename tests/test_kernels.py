@@ -1,5 +1,7 @@
 """Paged attention against the obvious reference, over odd shapes, with poisoned pages that no row uses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,9 +76,10 @@ def test_equals_reference(case):
     query = torch.randn(tokens, heads, case["dim"], generator=gen)
     sinks = torch.randn(heads, generator=gen) if case["sinks"] else None
     options = dict(scale=0.3, window=case["window"], softcap=case["softcap"], sinks=sinks)
-    got = paged_attention(query, keys, values, rows, **options)
     wanted = reference(query, keys, values, rows, **options)
-    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+    for backend in ("auto", "torch"):
+        got = paged_attention(query, keys, values, replace(rows, backend=backend), **options)
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
     with_fresh = paged_attention(query, keys, values, rows, fresh=(key, value), **options)
     torch.testing.assert_close(with_fresh, wanted, atol=2e-5, rtol=2e-5)
 

@@ -23,6 +23,7 @@ class PagedRows:
         context_lens: int64 `[rows]`, tokens that each row's last query sees, itself included.
         page_table: int64 `[rows, max_pages]`, page of each `page_size` tokens; 0 behind a row's last.
         slots: int64 `[tokens]` on the model's device: `page * page_size + offset` of each token.
+        backend: `torch` keeps to torch's own ops; `auto` takes compiled ones where there are any.
     """
 
     page_size: int
@@ -31,6 +32,7 @@ class PagedRows:
     context_lens: np.ndarray
     page_table: np.ndarray
     slots: torch.Tensor
+    backend: str = "auto"
     _derived: dict = field(default_factory=dict, repr=False)
 
     def derived(self, key: object, make: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
+from hf_paged.kernels.native import native_ops
 from hf_paged.kernels.rows import PagedRows
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
 
@@ -36,8 +37,13 @@ def paged_attention(
 
 def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) -> torch.Tensor:
     """One query a row: products are batched over pages, the softmax over rows. `[rows, heads, value_dim]`."""
-    if query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32 and is_supported():
-        return sparse_decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
+    if query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32:
+        native = native_ops() if rows.backend == "auto" else None
+        if native is not None:
+            table, context = rows.page_table, rows.context_lens
+            return native.decode_attention(query, key_pages, value_pages, table, context, scale, window, softcap, sinks)
+        if is_supported():
+            return sparse_decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
     index: DecodeIndex = rows.derived(("decode", window), lambda: build_decode_index(rows, window, query.device))
     n, heads, dim = query.shape
     kv_heads, size = key_pages.shape[1], rows.page_size

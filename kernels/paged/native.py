@@ -1,0 +1,135 @@
+"""CPU ops compiled on first use by the machine's own C compiler. Optional: without one, the torch ops do the same.
+
+`native.c` takes about a second to compile and is kept in the user's cache folder, by source, compiler and processor. It
+runs on the threads of torch's own OpenMP, so that `torch.set_num_threads` governs it and no second pool competes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.c")
+# Sums may be reordered, but infinities stay what they are.
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
+WIDE = ()
+_I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class NativeOps:
+    """The compiled ops; all tensors are float32, contiguous and on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
+        self._decode.argtypes = [_P] * 5 + [_I, _P] + [_I] * 6 + [_F, _I, _F, _P]
+        self._norm.argtypes, self._norm.restype = [_P, _P, _P, _F, _I, _I], None
+        self._rotate.argtypes, self._rotate.restype = [_P] * 8 + [_I] * 5, None
+
+    def decode_attention(self, query, key_pages, value_pages, table, context, scale, window, softcap, sinks):
+        """`[rows, heads, dim]` → `[rows, heads, value_dim]`; `table` and `context` are int64 arrays of the rows."""
+        rows, heads, dim = query.shape
+        _, kv_heads, size, value_dim = value_pages.shape
+        query, out = query.contiguous(), query.new_empty(rows, heads, value_dim)
+        sinks = None if sinks is None else sinks.detach().float().contiguous()
+        failed = self._decode(
+            out.data_ptr(),
+            query.data_ptr(),
+            key_pages.data_ptr(),
+            value_pages.data_ptr(),
+            table.ctypes.data,
+            table.shape[1],
+            context.ctypes.data,
+            rows,
+            heads,
+            kv_heads,
+            dim,
+            value_dim,
+            size,
+            scale,
+            window or 0,
+            softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for the scores of {rows} rows of up to {int(context.max())} tokens")
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Lines of `x` `[..., width]` over their root mean square, times `weight` `[width]`."""
+        x, out = x.contiguous(), torch.empty(x.shape)
+        width = weight.shape[0]
+        self._norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, x.numel() // width, width)
+        return out
+
+    def rotate_and_store(self, query, key, value, cos, sin, key_pages, value_pages, slots) -> None:
+        """Rotate `query` and `key` in place by `cos` and `sin` `[tokens, dim]`, and store `key` and `value`."""
+        tokens, heads, dim = query.shape
+        tensors = (query, key, value, cos, sin, key_pages, value_pages, slots)
+        self._rotate(*(t.data_ptr() for t in tensors), tokens, heads, key.shape[1], dim, key_pages.shape[2])
+
+
+def native_ops() -> NativeOps | None:
+    """The compiled ops, or None where there are none (`native_status` says why)."""
+    return native_status()[0]
+
+
+@lru_cache(maxsize=1)
+def native_status() -> tuple[NativeOps | None, str]:
+    """The compiled ops or None, and where they come from or why there are none."""
+    if os.environ.get("HF_PAGED_NATIVE", "1") == "0":
+        return None, "HF_PAGED_NATIVE is 0"
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    runtime = _openmp_of_torch()
+    if compiler is None or runtime is None:
+        return None, "there is no C compiler" if compiler is None else "torch runs without GNU OpenMP"
+    try:
+        path = _compiled(compiler)
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the symbols that `path` leaves open
+        return NativeOps(ctypes.CDLL(str(path))), f"compiled by {compiler}"
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return None, f"compiling failed: {output.strip().splitlines()[0] if output.strip() else error!r}"
+
+
+def _openmp_of_torch() -> str | None:
+    """Path of the GNU OpenMP library that this process has loaded with torch."""
+    try:
+        with open("/proc/self/maps") as lines:
+            paths = {line.split()[-1] for line in lines if "/libgomp" in line}
+    except OSError:
+        return None
+    return next(iter(sorted(paths)), None) if len(paths) == 1 else None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's path, compiled if the cache has none for this source, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    with open("/proc/cpuinfo") as lines:
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, *WIDE, version, processor]).encode()).hexdigest()[:20]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_paged"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        target = base / f"native-{key}.so"
+    except OSError:
+        target = Path(tempfile.mkdtemp(prefix="hf_paged-")) / f"native-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            wide = WIDE if platform.machine() in ("x86_64", "AMD64") else ()
+            steps = (
+                [*FLAGS, *wide, "-c", str(SOURCE), "-o", f"{folder}/native.o"],
+                ["-shared", f"{folder}/native.o", "-lm", "-o", f"{folder}/native.so"],  # no -fopenmp: torch's runtime serves
+            )
+            for arguments in steps:
+                subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=120)
+            os.replace(f"{folder}/native.so", target)
+    return target
