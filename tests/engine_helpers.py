@@ -19,6 +19,7 @@ VOCAB = 23
 EOS = 22
 POISON = 21  # a text that holds this token has NaN logits, and NaN keys and values
 GREEDY = {"temperature": 0.0}
+LENGTHS = (5, 9, 17, 3, 1, 30, 2, 12)
 
 
 def toy_logits(prefix_hash: int) -> np.ndarray:
@@ -182,3 +183,21 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Random prompts without special tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, POISON, n).tolist() for n in lengths]
+
+
+def submit_all(core: EngineCore, lengths: Sequence[int] = LENGTHS, **params) -> list[Request]:
+    """A request for a random prompt of each length, with seeds 0, 1, ..."""
+    return [core.submit(p, SamplingParams(**params), seed=i) for i, p in enumerate(prompts(*lengths))]
+
+
+def assert_as_alone(requests: Sequence[Request], eos: bool = False) -> None:
+    """Each has the tokens and finish reasons that it gets alone."""
+    for request in requests:
+        expected = alone(request.prompt_ids, request.params, request.rows[0].sampling.seed, eos)
+        assert tokens_of(request) == tokens_of(expected)
+        assert [row.finish_reason for row in request.rows] == [row.finish_reason for row in expected.rows]
+
+
+def submitted(request: Request) -> tuple[list[int], SamplingParams, int]:
+    """What `alone` takes to run it again."""
+    return request.prompt_ids, request.params, request.rows[0].sampling.seed

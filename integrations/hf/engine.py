@@ -67,7 +67,7 @@ class Engine:
         self.store = KVStore(
             layers, pool_pages(config, self.facts), config.page_size, self.facts.dtype, self.facts.device
         )
-        self.forward = PagedForward(model_ref or (lambda: model), self.store)
+        self.forward = PagedForward(model_ref or (lambda: model), self.store, config.backend)
         self.core = EngineCore(
             self.forward,
             self.store,

@@ -117,12 +117,12 @@ class PagedForward:
     `refresh` looks at the model again: adapters, hooks or patched modules may have come or gone.
     """
 
-    def __init__(self, model: Callable[[], nn.Module], store: KVStore) -> None:
-        self.model, self.store = model, store
+    def __init__(self, model: Callable[[], nn.Module], store: KVStore, backend: str = "auto") -> None:
+        self.model, self.store, self.backend = model, store, backend
         self.refresh()
 
     def refresh(self) -> None:
-        lean = LeanForward.build(self.model(), self.store)
+        lean = LeanForward.build(self.model(), self.store, self.backend)
         self.run = lean if lean is not None else ModuleForward(self.model, self.store)
 
     def __call__(self, plan) -> torch.Tensor:

@@ -13,13 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_paged.integrations.linear import linear_backend
-from hf_paged.kernels import paged_attention, write_kv
+from hf_paged.integrations.elementwise import elementwise_backend
+from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, linear_backend
+from hf_paged.kernels import paged_attention
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
 # Models whose forward is what `LeanForward` computes: pre-norm blocks of rotary attention and gated MLP.
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+# Weights of up to so many bytes are copied into oneDNN's order, once a call has computed so many tokens.
+PACK_BYTES = 64 * 2**20
+PACK_AFTER = 512
 
 
 def _plain(module: nn.Module, kind: type | str) -> bool:
@@ -66,9 +72,10 @@ class LeanForward:
     Args:
         model: the causal model; only its submodules are kept, so that a model can be freed while its engine lives.
         store: KV of the model.
+        backend: as in `EngineConfig`.
     """
 
-    def __init__(self, model: nn.Module, store: KVStore) -> None:
+    def __init__(self, model: nn.Module, store: KVStore, backend: str = "auto") -> None:
         body = model.model
         self.store = store
         self.embed, self.norm, self.rotary, self.head = (
@@ -89,10 +96,12 @@ class LeanForward:
         ]
         self.scale = body.layers[0].self_attn.scaling
         self.head_dim = body.layers[0].self_attn.head_dim
-        self.ops = linear_backend(self.embed.weight)
+        self.plain = self.ops = linear_backend(self.embed.weight)
+        self.between = elementwise_backend(self.embed.weight, backend)
+        self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
-    def build(cls, model: nn.Module, store: KVStore) -> LeanForward | None:
+    def build(cls, model: nn.Module, store: KVStore, backend: str = "auto") -> LeanForward | None:
         """A lean forward for `model`, or None where its own forward must run."""
         if type(model).__name__ not in FAMILIES or not _plain(model, "ForCausalLM"):
             return None
@@ -104,46 +113,52 @@ class LeanForward:
         dtypes = {p.dtype for p in model.parameters()}
         if not (outer and ends and len(devices) == 1 and len(dtypes) == 1):
             return None
-        forward = cls(model, store)
-        return forward if all(layer.plain() for layer in forward.layers) else None
+        forward = cls(model, store, backend)
+        whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim
+        return forward if whole and all(layer.plain() for layer in forward.layers) else None
 
     @torch.no_grad()
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
+        self._choose_weights(plan.tokens)
         hidden = F.embedding(plan.token_ids, self.embed.weight)
-        cos, sin = self._rotation(hidden, plan.positions)
+        cos, sin = self.rotary(hidden[None], plan.positions[None])
+        rotation = self.between.rotation(cos[0], sin[0])
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            mixed = self._attention(index, layer, hidden, cos, sin, plan)
+            mixed = self._attention(index, layer, hidden, rotation, plan)
             if index == last and len(plan.logits_at) < plan.tokens:
                 # Nothing reads the other tokens any more: their KV is stored.
                 hidden, mixed = hidden[plan.logits_at], mixed[plan.logits_at]
             hidden = self.ops.add(mixed, layer.attention.o_proj, hidden)
-            normed = _rms_norm(hidden, layer.mlp_norm)
+            normed = self.between.rms_norm(hidden, layer.mlp_norm)
             gate = self.ops.silu(normed, layer.mlp.gate_proj)
             hidden = self.ops.add(self.ops.mul(normed, layer.mlp.up_proj, gate), layer.mlp.down_proj, hidden)
-        return self.ops.linear(_rms_norm(hidden, self.norm), self.head).float()
+        return self.ops.linear(self.between.rms_norm(hidden, self.norm), self.head).float()
 
-    def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines, `[tokens, 1, head_dim]`: rotating is `x * cos + roll(x, half) * sin`."""
-        cos, sin = self.rotary(hidden[None], positions[None])
-        half = cos.shape[-1] // 2
-        sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
-        return cos[0, :, None], sin[:, None]
+    def _choose_weights(self, tokens: int) -> None:
+        """Copy small models' weights into oneDNN's order once a call is long enough to pay for it."""
+        self.computed += tokens
+        if isinstance(self.ops, PackedLinear):
+            if not self.ops.current():
+                self.ops, self.computed = self.plain, 0
+        elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
+            linears = [self.head, *(part for layer in self.layers for part in layer.parts())]
+            if sum(part.weight.nbytes for part in linears) <= PACK_BYTES:
+                self.ops = PackedLinear(linears)
 
-    def _attention(self, index: int, layer: Layer, hidden, cos, sin, plan: StepPlan) -> torch.Tensor:
+    def _attention(self, index: int, layer: Layer, hidden, rotation, plan: StepPlan) -> torch.Tensor:
         """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
-        normed = _rms_norm(hidden, layer.norm)
+        normed = self.between.rms_norm(hidden, layer.norm)
         query = self.ops.linear(normed, attention.q_proj).view(tokens, -1, dim)
         key = self.ops.linear(normed, attention.k_proj).view(tokens, -1, dim)
         value = self.ops.linear(normed, attention.v_proj).view(tokens, -1, dim)
         if "q_norm" in attention._modules:
-            query, key = _rms_norm(query, attention.q_norm), _rms_norm(key, attention.k_norm)
-        query = torch.addcmul(query * cos, query.roll(dim // 2, -1), sin)
-        key = torch.addcmul(key * cos, key.roll(dim // 2, -1), sin)
+            query = self.between.rms_norm(query, attention.q_norm)
+            key = self.between.rms_norm(key, attention.k_norm)
         pages = self.store.keys[index], self.store.values[index]
-        write_kv(key, value, *pages, plan.rows)
+        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, plan.rows)
         out = paged_attention(query, *pages, plan.rows, scale=self.scale, window=layer.window, fresh=(key, value))
         return out.view(tokens, -1)
 
@@ -155,11 +170,3 @@ def _window(config, index: int) -> int | None:
     if kinds is not None:
         return window if kinds[index] == "sliding_attention" else None
     return window if getattr(config, "use_sliding_window", True) else None
-
-
-def _rms_norm(hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """Zhang and Sennrich, NeurIPS 2019; in float32 and back, as the modules do."""
-    weight = norm._parameters["weight"]
-    if hidden.dtype == torch.float32:
-        return F.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)
-    return weight * F.rms_norm(hidden.float(), weight.shape, None, norm.variance_epsilon).to(hidden.dtype)

@@ -6,6 +6,8 @@ third of the time, and one to four rows cost the same; it reads the weights wher
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,36 +40,64 @@ class OneDnnLinear(TorchLinear):
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._binary = torch.ops.mkldnn._linear_pointwise.binary
 
+    def weight(self, layer: nn.Linear) -> torch.Tensor:
+        return layer._parameters["weight"]
+
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-        p = layer._parameters
-        return self._run(x, p["weight"], p["bias"], "none", [], "")
+        return self._run(x, self.weight(layer), layer._parameters["bias"], "none", [], "")
 
     def silu(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-        p = layer._parameters
-        return self._run(x, p["weight"], p["bias"], "swish", [], "")
+        return self._run(x, self.weight(layer), layer._parameters["bias"], "swish", [], "")
 
     def mul(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
-        p = layer._parameters
-        return self._binary(x, other, p["weight"], p["bias"], "mul")
+        return self._binary(x, other, self.weight(layer), layer._parameters["bias"], "mul")
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
-        p = layer._parameters
-        return self._binary(x, other, p["weight"], p["bias"], "add")
+        return self._binary(x, other, self.weight(layer), layer._parameters["bias"], "add")
+
+
+class PackedLinear(OneDnnLinear):
+    """The same over copies of the weights in oneDNN's own order, which saves reordering them at every product.
+
+    The copies are good for as long as the weights are: `current` sees parameters that were replaced or changed in place,
+    except through `.data`; whoever holds this makes it anew for every call.
+    """
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        self._made = [(layer, w, w._version) for layer in layers for w in (layer._parameters["weight"],)]
+        self._packed = {layer: pack(w.detach()) for layer, w, _ in self._made}
+
+    def weight(self, layer: nn.Linear) -> torch.Tensor:
+        return self._packed[layer]
+
+    def current(self) -> bool:
+        """Whether the weights are still those that were copied."""
+        return all(layer._parameters["weight"] is w and w._version == version for layer, w, version in self._made)
 
 
 def linear_backend(weight: torch.Tensor) -> TorchLinear:
     """oneDNN for float32 on a CPU where torch has it and it gives the right numbers, else torch."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return TorchLinear()
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return OneDnnLinear() if fits and _onednn_is_right() else TorchLinear()
+
+
+@lru_cache(maxsize=1)
+def _onednn_is_right() -> bool:
+    """Try each operation once: they are private to torch, and may change or be absent."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     try:
-        fused, layer = OneDnnLinear(), nn.utils.skip_init(nn.Linear, 24, 16)  # else torch's generator would advance
+        layer = nn.utils.skip_init(nn.Linear, 24, 16)  # else torch's generator would advance
         x, other = torch.linspace(-1, 1, 72).view(3, 24), torch.linspace(-2, 1, 48).view(3, 16)
         with torch.no_grad():
             layer.weight.copy_(torch.linspace(-1, 1, 384).view(16, 24))
             layer.bias.copy_(torch.linspace(-1, 2, 16))
-            for name, rest in (("linear", ()), ("silu", ()), ("mul", (other,)), ("add", (other,))):
-                wanted = getattr(TorchLinear(), name)(x, layer, *rest)
-                torch.testing.assert_close(getattr(fused, name)(x, layer, *rest), wanted, atol=1e-4, rtol=1e-4)
-    except (AttributeError, RuntimeError, AssertionError):  # private ops: they may change or be absent
-        return TorchLinear()
-    return fused
+            for ops in (OneDnnLinear(), PackedLinear([layer])):
+                for name, rest in (("linear", ()), ("silu", ()), ("mul", (other,)), ("add", (other,))):
+                    wanted = getattr(TorchLinear(), name)(x, layer, *rest)
+                    torch.testing.assert_close(getattr(ops, name)(x, layer, *rest), wanted, atol=1e-4, rtol=1e-4)
+    except (AttributeError, RuntimeError, AssertionError):
+        return False
+    return True

@@ -28,7 +28,9 @@ INLINE void score_slots(float *scores, int64_t stride, const float *query, const
         int64_t stop = (t / page + 1) * page;
         if (stop > end) stop = end;
         const float *key = keys + ((table[t / page] * kv_heads + head) * page + t % page) * dim;
-        for (; t < stop; t++, key += dim)
+        const float *next = stop < end ? keys + (table[stop / page] * kv_heads + head) * page * dim : key;
+        for (; t < stop; t++, key += dim, next += dim) {
+            for (int64_t i = 0; i < wide; i++) __builtin_prefetch(next + 16 * i);
             for (int64_t g = 0; g < group; g++) {
                 lanes part = {0};
                 for (int64_t i = 0; i < wide; i++)
@@ -37,6 +39,7 @@ INLINE void score_slots(float *scores, int64_t stride, const float *query, const
                 for (int64_t d = 16 * wide; d < dim; d++) sum += query[g * dim + d] * key[d];
                 scores[g * stride + t - begin] = sum * scale;
             }
+        }
     }
 }
 
@@ -52,12 +55,15 @@ INLINE void sum_values(float *out, const float *weights, int64_t stride, const f
         int64_t stop = (t / page + 1) * page;
         if (stop > end) stop = end;
         const float *value = values + ((table[t / page] * kv_heads + head) * page + t % page) * dim;
-        for (; t < stop; t++, value += dim)
+        const float *next = stop < end ? values + (table[stop / page] * kv_heads + head) * page * dim : value;
+        for (; t < stop; t++, value += dim, next += dim) {
+            for (int64_t i = 0; i < wide; i++) __builtin_prefetch(next + 16 * i);
             for (int64_t g = 0; g < group; g++) {
                 const float weight = weights[g * stride + t - begin];
                 for (int64_t i = 0; i < wide; i++) sums[g * wide + i] += weight * *(const lanes *)(value + 16 * i);
                 for (int64_t d = 16 * wide; d < dim; d++) out[g * dim + d] += weight * value[d];
             }
+        }
     }
     for (int64_t g = 0; g < group; g++)
         for (int64_t i = 0; i < wide; i++) *(lanes *)(out + g * dim + 16 * i) = sums[g * wide + i];
