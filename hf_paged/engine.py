@@ -189,7 +189,8 @@ class EngineCore:
         for work in decision.work:
             row, count = work.row, work.count
             try:
-                copies += self.memory.reserve(row.sequence, count)
+                if work.pages:
+                    copies += self.memory.reserve(row.sequence, count)
             except OutOfPages:
                 continue
             logits = count if wants_prompt(row) else int(count == row.sequence.pending)

@@ -14,10 +14,11 @@ from hf_paged.request import Row
 
 @dataclass(frozen=True)
 class Work:
-    """`row` computes its next `count` tokens."""
+    """`row` computes its next `count` tokens, for which it must take `pages` from the pool (0: it has all it needs)."""
 
     row: Row
     count: int
+    pages: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def decide(
             free -= want
             budget -= count
             granted[row] = want
-            work.append(Work(row, count))
+            work.append(Work(row, count, want))
     admitted = [] if preempted else _admit(waiting, limits, free, budget, len(alive))
     # Decodes first, longest first: attention serves neighbours of like length together.
     work = sorted(work + admitted, key=lambda w: (w.count > 1, -len(w.row.tokens)))
@@ -109,5 +110,5 @@ def _admit(waiting: Iterable[Row], limits: Limits, free: int, budget: int, alive
         free -= known
         budget -= count
         places -= branches
-        admitted.append(Work(row, count))
+        admitted.append(Work(row, count, known))
     return admitted

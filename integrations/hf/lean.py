@@ -143,17 +143,16 @@ class LeanForward:
             if not self.ops.current():
                 self.ops, self.computed = self.plain, 0
         elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
-            linears = [self.head, *(part for layer in self.layers for part in layer.parts())]
-            if sum(part.weight.nbytes for part in linears) <= PACK_BYTES:
-                self.ops = PackedLinear(linears)
+            parts = [part for layer in self.layers for part in layer.parts()]
+            if self.head.weight.nbytes + sum(part.weight.nbytes for part in parts) <= PACK_BYTES:
+                single = [self.head, *(part for layer in self.layers for part in layer.parts()[3:])]
+                self.ops = PackedLinear(single, [layer.attention for layer in self.layers])
 
     def _attention(self, index: int, layer: Layer, hidden, rotation, plan: StepPlan) -> torch.Tensor:
         """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
         normed = self.between.rms_norm(hidden, layer.norm)
-        query = self.ops.linear(normed, attention.q_proj).view(tokens, -1, dim)
-        key = self.ops.linear(normed, attention.k_proj).view(tokens, -1, dim)
-        value = self.ops.linear(normed, attention.v_proj).view(tokens, -1, dim)
+        query, key, value = (part.view(tokens, -1, dim) for part in self.ops.heads(normed, attention))
         if "q_norm" in attention._modules:
             query = self.between.rms_norm(query, attention.q_norm)
             key = self.between.rms_norm(key, attention.k_norm)

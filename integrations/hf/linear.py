@@ -20,6 +20,10 @@ class TorchLinear:
         p = layer._parameters
         return F.linear(x, p["weight"], p["bias"])
 
+    def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, `[tokens, heads * head_dim]` each; they may be parts of one tensor."""
+        return tuple(self.linear(x, layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+
     def silu(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """silu(layer(x))"""
         return F.silu(self.linear(x, layer))
@@ -63,18 +67,34 @@ class PackedLinear(OneDnnLinear):
     except through `.data`; whoever holds this makes it anew for every call.
     """
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
+    def __init__(self, layers: list[nn.Linear], attentions: list[nn.Module] | None = None) -> None:
+        """Args: layers: to copy. attentions: whose three projections become one product."""
         super().__init__()
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        self._made = [(layer, w, w._version) for layer in layers for w in (layer._parameters["weight"],)]
-        self._packed = {layer: pack(w.detach()) for layer, w, _ in self._made}
+        self._pack = torch.ops.mkldnn._reorder_linear_weight
+        triples = [(a, (a.q_proj, a.k_proj, a.v_proj)) for a in attentions or ()]
+        seen = [*layers, *(part for _, parts in triples for part in parts)]
+        made = [p for layer in seen for p in layer._parameters.values() if p is not None]
+        self._stamps = [(p, p._version) for p in made]
+        self._slots = [(layer, name, p) for layer in seen for name, p in layer._parameters.items()]
+        self._packed = {layer: self._pack(layer.weight.detach()) for layer in layers}
+        self._joined = {attention: self._join(parts) for attention, parts in triples}
+
+    def _join(self, parts: tuple[nn.Linear, ...]) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+        weight = torch.cat([part.weight.detach() for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+        return self._pack(weight), bias, [part.out_features for part in parts]
 
     def weight(self, layer: nn.Linear) -> torch.Tensor:
         return self._packed[layer]
 
+    def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
+        weight, bias, sizes = self._joined[attention]
+        return self._run(x, weight, bias, "none", [], "").split(sizes, -1)
+
     def current(self) -> bool:
         """Whether the weights are still those that were copied."""
-        return all(layer._parameters["weight"] is w and w._version == version for layer, w, version in self._made)
+        same = all(layer._parameters[name] is p for layer, name, p in self._slots)
+        return same and all(p._version == version for p, version in self._stamps)
 
 
 def linear_backend(weight: torch.Tensor) -> TorchLinear:

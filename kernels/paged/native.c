@@ -69,14 +69,34 @@ INLINE void sum_values(float *out, const float *weights, int64_t stride, const f
         for (int64_t i = 0; i < wide; i++) *(lanes *)(out + g * dim + 16 * i) = sums[g * wide + i];
 }
 
+/* e^x for x <= 0, to about 2 units in the last place; in plain arithmetic, so that loops of it become vector code
+ * (Cephes' expf polynomial). */
+INLINE float exp_of_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const int32_t n = (int32_t)(x * 1.44269504f - 0.5f);
+    const float r = x - (float)n * 0.693147181f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } power = {(n + 127) << 23};
+    return p * power.f;
+}
+
 /* Softmax over scores[0, n), after `softcap` (0: none); a sink, if any, takes its share of the sum. */
 static void softmax(float *scores, int64_t n, float softcap, const float *sink) {
     float top = sink ? *sink : -INFINITY, sum = 0;
     if (softcap > 0)
         for (int64_t i = 0; i < n; i++) scores[i] = softcap * tanhf(scores[i] / softcap);
     for (int64_t i = 0; i < n; i++) top = scores[i] > top ? scores[i] : top;
-    for (int64_t i = 0; i < n; i++) scores[i] = expf(scores[i] - top);
-    for (int64_t i = 0; i < n; i++) sum += scores[i];
+    for (int64_t i = 0; i < n; i++) {
+        const float e = exp_of_negative(scores[i] - top);
+        scores[i] = e;
+        sum += e;
+    }
     if (sink) sum += expf(*sink - top);
     const float scale = 1 / sum;
     for (int64_t i = 0; i < n; i++) scores[i] *= scale;
@@ -92,9 +112,9 @@ INLINE void attend(float *out, float *scores, int64_t stride, const float *query
     sum_values(out, scores, stride, values, table, begin, end, head, kv_heads, group, page, value_dim);
 }
 
-/* One query a row. query, out: [rows, heads, dim]; table: [rows, table_width]; context: [rows]; window 0: none.
- * Returns 0, or 1 where memory ran out. */
-int decode_attention(float *out, const float *query, const float *keys, const float *values, const int64_t *table,
+/* One query a row. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; table: [rows,
+ * table_width]; context: [rows]; window 0: none. Returns 0, or 1 where memory ran out. */
+int decode_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const int64_t *table,
                      int64_t table_width, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
                      int64_t dim, int64_t value_dim, int64_t page, float scale, int64_t window, float softcap,
                      const float *sinks) {
@@ -112,7 +132,7 @@ int decode_attention(float *out, const float *query, const float *keys, const fl
             const int64_t row = item / kv_heads, head = item % kv_heads, end = context[row];
             const int64_t begin = window && end > window ? end - window : 0;
             const int64_t *pages = table + row * table_width;
-            const float *q = query + (row * heads + head * group) * dim;
+            const float *q = query + row * query_line + head * group * dim;
             const float *sink = sinks ? sinks + head * group : 0;
             float *o = out + (row * heads + head * group) * value_dim;
 #define ATTEND(G, D, V) \
@@ -158,16 +178,16 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
 }
 
 /* Rotates query [tokens, heads, dim] and key [tokens, kv_heads, dim] in place (cos, sin: [tokens, dim]), and stores key
- * and value [tokens, kv_heads, dim] in their slots. */
+ * and value [tokens, kv_heads, dim] in their slots. Tokens lie query_line, key_line and value_line floats apart. */
 void rotate_and_store(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys,
-                      float *values, const int64_t *slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                      int64_t page) {
+                      float *values, const int64_t *slots, int64_t query_line, int64_t key_line, int64_t value_line,
+                      int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page) {
 #pragma omp parallel for schedule(static) if (tokens * (heads + kv_heads) * dim > 16384)
     for (int64_t t = 0; t < tokens; t++) {
-        for (int64_t h = 0; h < heads; h++) rotate(query + (t * heads + h) * dim, cos + t * dim, sin + t * dim, dim);
+        for (int64_t h = 0; h < heads; h++) rotate(query + t * query_line + h * dim, cos + t * dim, sin + t * dim, dim);
         for (int64_t h = 0; h < kv_heads; h++) {
-            float *k = key + (t * kv_heads + h) * dim;
-            const float *v = value + (t * kv_heads + h) * dim;
+            float *k = key + t * key_line + h * dim;
+            const float *v = value + t * value_line + h * dim;
             const int64_t line = ((slots[t] / page * kv_heads + h) * page + slots[t] % page) * dim;
             rotate(k, cos + t * dim, sin + t * dim, dim);
             for (int64_t i = 0; i < dim; i++) keys[line + i] = k[i], values[line + i] = v[i];

@@ -26,23 +26,24 @@ _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class NativeOps:
-    """The compiled ops; all tensors are float32, contiguous and on the CPU."""
+    """The compiled ops; all tensors are float32 and on the CPU, contiguous where nothing else is said."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
-        self._decode.argtypes = [_P] * 5 + [_I, _P] + [_I] * 6 + [_F, _I, _F, _P]
+        self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P] + [_I] * 6 + [_F, _I, _F, _P]
         self._norm.argtypes, self._norm.restype = [_P, _P, _P, _F, _I, _I], None
-        self._rotate.argtypes, self._rotate.restype = [_P] * 8 + [_I] * 5, None
+        self._rotate.argtypes, self._rotate.restype = [_P] * 8 + [_I] * 8, None
 
     def decode_attention(self, query, key_pages, value_pages, table, context, scale, window, softcap, sinks):
         """`[rows, heads, dim]` → `[rows, heads, value_dim]`; `table` and `context` are int64 arrays of the rows."""
         rows, heads, dim = query.shape
         _, kv_heads, size, value_dim = value_pages.shape
-        query, out = query.contiguous(), query.new_empty(rows, heads, value_dim)
+        query, out = _lines(query), query.new_empty(rows, heads, value_dim)
         sinks = None if sinks is None else sinks.detach().float().contiguous()
         failed = self._decode(
             out.data_ptr(),
             query.data_ptr(),
+            query.stride(0),
             key_pages.data_ptr(),
             value_pages.data_ptr(),
             table.ctypes.data,
@@ -71,10 +72,19 @@ class NativeOps:
         return out
 
     def rotate_and_store(self, query, key, value, cos, sin, key_pages, value_pages, slots) -> None:
-        """Rotate `query` and `key` in place by `cos` and `sin` `[tokens, dim]`, and store `key` and `value`."""
+        """Rotate `query` and `key` in place by `cos` and `sin` `[tokens, dim]`, and store `key` and `value`.
+
+        All three are `[tokens, heads, dim]`, the heads of a token one after another.
+        """
         tokens, heads, dim = query.shape
         tensors = (query, key, value, cos, sin, key_pages, value_pages, slots)
-        self._rotate(*(t.data_ptr() for t in tensors), tokens, heads, key.shape[1], dim, key_pages.shape[2])
+        lines = (query.stride(0), key.stride(0), value.stride(0))
+        self._rotate(*(t.data_ptr() for t in tensors), *lines, tokens, heads, key.shape[1], dim, key_pages.shape[2])
+
+
+def _lines(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[tokens, heads, dim]` with the heads of a token one after another; tokens may lie apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def native_ops() -> NativeOps | None:
