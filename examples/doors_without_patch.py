@@ -1,6 +1,6 @@
 """Two doors that patch nothing: `custom_generate`, and `PagedCache` for any strategy of transformers' own loop.
 
-    python examples/doors_without_patch.py [MODEL]
+python examples/doors_without_patch.py [MODEL]
 """
 
 import sys

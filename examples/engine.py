@@ -1,6 +1,6 @@
 """The engine itself: many requests of different make in one continuous batch, streaming, cancelling.
 
-    python examples/engine.py [MODEL]
+python examples/engine.py [MODEL]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The call that people already write: `model.generate(..., cache_implementation="paged")`, alone and in a pipeline.
 
-    python examples/quickstart.py [MODEL]
+python examples/quickstart.py [MODEL]
 """
 
 import sys

@@ -95,6 +95,7 @@ class CoreSettings:
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
     check: bool = False
+    backend: str = "auto"
 
 
 def available_memory() -> int:

@@ -199,7 +199,7 @@ class EngineCore:
         return rows
 
     def _forward(self, work: list[PlanRow]) -> torch.Tensor:
-        plan = build_plan(work, self.memory.page_size, self.device)
+        plan = build_plan(work, self.memory.page_size, self.device, self.settings.backend)
         begun = time.perf_counter()
         logits = self.forward(plan)
         self.recorder.forward_seconds += time.perf_counter() - begun

@@ -46,7 +46,9 @@ class StepPlan:
         return self.token_ids.shape[0]
 
 
-def build_plan(rows: Rows[PlanRow], page_size: int, device: torch.device | str = "cpu") -> StepPlan:
+def build_plan(
+    rows: Rows[PlanRow], page_size: int, device: torch.device | str = "cpu", backend: str = "auto"
+) -> StepPlan:
     """Pack `rows`, of which those with `count` 1 come first, into one copy to `device`.
 
     Raises:
@@ -76,7 +78,7 @@ def build_plan(rows: Rows[PlanRow], page_size: int, device: torch.device | str =
         token_ids=packed[:total],
         positions=packed[total : 2 * total],
         logits_at=packed[3 * total :],
-        rows=PagedRows(page_size, decodes, counts, starts + counts, page_table, packed[2 * total : 3 * total]),
+        rows=PagedRows(page_size, decodes, counts, starts + counts, page_table, packed[2 * total : 3 * total], backend),
     )
 
 

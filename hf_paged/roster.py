@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from hf_paged.memory import Memory
 from hf_paged.request import Request, Row
@@ -70,6 +70,16 @@ class Roster:
         self.ended.append(request)
 
     # -- rows
+
+    def longest_first(self, requests: Sequence[Request]) -> None:
+        """Let those of `requests` with most tokens to generate go first; all of them must still wait.
+
+        A list that is answered as a whole ends sooner so: no long row is left to run alone at the end.
+        """
+        numbers = sorted(request.number for request in requests)
+        for number, request in zip(numbers, sorted(requests, key=lambda r: -r.max_tokens), strict=True):
+            request.number = number
+        self._waiting.sort(key=_last_first)
 
     def admit(self, row: Row, now: float) -> None:
         """A waiting row gets a sequence."""

@@ -29,7 +29,11 @@ class TorchElementwise:
         return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
 
     def rotate_and_store(self, query, key, value, rotation, pages: Pages, rows: PagedRows) -> tuple[torch.Tensor, ...]:
-        """Rotate `[tokens, heads, head_dim]` queries and keys (Su et al. 2021), store keys and values; the rotated two."""
+        """Rotate queries and keys `[tokens, heads, head_dim]` (Su et al. 2021), store keys and values.
+
+        Returns:
+            the rotated queries and keys.
+        """
         cos, sin = rotation
         half = query.shape[-1] // 2
         query = torch.addcmul(query * cos, query.roll(half, -1), sin)

@@ -262,6 +262,7 @@ class Engine:
                         pending[request] = index
                     except ValueError as error:
                         failed.append((index, refused(prompt, index, error)))
+                self.core.roster.longest_first(list(pending))
             yield from failed
             while pending:
                 with self.lock:

@@ -132,8 +132,7 @@ class LeanForward:
                 hidden, mixed = hidden[plan.logits_at], mixed[plan.logits_at]
             hidden = self.ops.add(mixed, layer.attention.o_proj, hidden)
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
-            gate = self.ops.silu(normed, layer.mlp.gate_proj)
-            hidden = self.ops.add(self.ops.mul(normed, layer.mlp.up_proj, gate), layer.mlp.down_proj, hidden)
+            hidden = self.ops.add(self.ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
         return self.ops.linear(self.between.rms_norm(hidden, self.norm), self.head).float()
 
     def _choose_weights(self, tokens: int) -> None:
@@ -145,8 +144,18 @@ class LeanForward:
         elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
             parts = [part for layer in self.layers for part in layer.parts()]
             if self.head.weight.nbytes + sum(part.weight.nbytes for part in parts) <= PACK_BYTES:
-                single = [self.head, *(part for layer in self.layers for part in layer.parts()[3:])]
-                self.ops = PackedLinear(single, [layer.attention for layer in self.layers])
+                self.ops = self._packed()
+
+    def _packed(self) -> PackedLinear:
+        """The products over packed weights, with those of one input joined where what follows is compiled."""
+        ops = getattr(self.between, "ops", None)
+        blocks = [layer.attention for layer in self.layers]
+        single = [part for layer in self.layers for part in (layer.attention.o_proj, layer.mlp.down_proj)]
+        if ops is not None:
+            blocks += [layer.mlp for layer in self.layers]
+        else:
+            single += [part for layer in self.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)]
+        return PackedLinear([self.head, *single], blocks, ops)
 
     def _attention(self, index: int, layer: Layer, hidden, rotation, plan: StepPlan) -> torch.Tensor:
         """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""

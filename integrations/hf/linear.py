@@ -6,11 +6,14 @@ third of the time, and one to four rows cost the same; it reads the weights wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from hf_paged.kernels.native import NativeOps
 
 
 class TorchLinear:
@@ -23,6 +26,10 @@ class TorchLinear:
     def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, `[tokens, heads * head_dim]` each; they may be parts of one tensor."""
         return tuple(self.linear(x, layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+
+    def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
+        """silu(gate(x)) * up(x)"""
+        return self.mul(x, mlp.up_proj, self.silu(x, mlp.gate_proj))
 
     def silu(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """silu(layer(x))"""
@@ -60,26 +67,33 @@ class OneDnnLinear(TorchLinear):
         return self._binary(x, other, self.weight(layer), layer._parameters["bias"], "add")
 
 
+# Layers of one block that read the same input, in the order in which their outputs are wanted.
+JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
 class PackedLinear(OneDnnLinear):
     """The same over copies of the weights in oneDNN's own order, which saves reordering them at every product.
 
-    The copies are good for as long as the weights are: `current` sees parameters that were replaced or changed in place,
-    except through `.data`; whoever holds this makes it anew for every call.
+    The copies are good for as long as the weights are: `current` sees parameters that were replaced, or changed in place
+    but through `.data`; whoever holds this makes it anew for every call.
+
+    Args:
+        layers: to copy.
+        blocks: attentions and gated MLPs whose first products become one.
+        ops: what follows the MLPs' joined product.
     """
 
-    def __init__(self, layers: list[nn.Linear], attentions: list[nn.Module] | None = None) -> None:
-        """Args: layers: to copy. attentions: whose three projections become one product."""
+    def __init__(self, layers: list[nn.Linear], blocks: Sequence[nn.Module] = (), ops: NativeOps | None = None) -> None:
         super().__init__()
-        self._pack = torch.ops.mkldnn._reorder_linear_weight
-        triples = [(a, (a.q_proj, a.k_proj, a.v_proj)) for a in attentions or ()]
-        seen = [*layers, *(part for _, parts in triples for part in parts)]
-        made = [p for layer in seen for p in layer._parameters.values() if p is not None]
-        self._stamps = [(p, p._version) for p in made]
-        self._slots = [(layer, name, p) for layer in seen for name, p in layer._parameters.items()]
+        self._pack, self._ops = torch.ops.mkldnn._reorder_linear_weight, ops
+        joined = [(block, [getattr(block, name) for name in JOINED if hasattr(block, name)]) for block in blocks]
+        seen = [*layers, *(part for _, parts in joined for part in parts)]
+        self._slots = [(layer._parameters, name) for layer in seen for name in ("weight", "bias")]
+        self._made = self._state()
         self._packed = {layer: self._pack(layer.weight.detach()) for layer in layers}
-        self._joined = {attention: self._join(parts) for attention, parts in triples}
+        self._joined = {block: self._join(parts) for block, parts in joined}
 
-    def _join(self, parts: tuple[nn.Linear, ...]) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+    def _join(self, parts: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
         weight = torch.cat([part.weight.detach() for part in parts])
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
         return self._pack(weight), bias, [part.out_features for part in parts]
@@ -91,10 +105,18 @@ class PackedLinear(OneDnnLinear):
         weight, bias, sizes = self._joined[attention]
         return self._run(x, weight, bias, "none", [], "").split(sizes, -1)
 
+    def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
+        if mlp not in self._joined:
+            return super().gated(x, mlp)
+        weight, bias, _ = self._joined[mlp]
+        return self._ops.silu_mul(self._run(x, weight, bias, "none", [], ""))
+
     def current(self) -> bool:
         """Whether the weights are still those that were copied."""
-        same = all(layer._parameters[name] is p for layer, name, p in self._slots)
-        return same and all(p._version == version for p, version in self._stamps)
+        return self._state() == self._made
+
+    def _state(self) -> list[tuple[int, int]]:
+        return [(id(p), p._version) for slot, name in self._slots if (p := slot[name]) is not None]
 
 
 def linear_backend(weight: torch.Tensor) -> TorchLinear:

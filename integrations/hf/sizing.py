@@ -30,4 +30,5 @@ def core_settings(config: EngineConfig, facts: ModelFacts) -> CoreSettings:
         vocab_size=facts.vocab_size,
         eos_ids=facts.eos_ids,
         check=config.check,
+        backend=config.backend,
     )

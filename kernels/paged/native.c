@@ -112,10 +112,10 @@ INLINE void attend(float *out, float *scores, int64_t stride, const float *query
     sum_values(out, scores, stride, values, table, begin, end, head, kv_heads, group, page, value_dim);
 }
 
-/* One query a row. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; table: [rows,
- * table_width]; context: [rows]; window 0: none. Returns 0, or 1 where memory ran out. */
+/* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
+ * sees the first context[r] slots of line line_of[r] of table [lines, table_width]; window 0: none. Returns 0, or 1 where memory ran out. */
 int decode_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const int64_t *table,
-                     int64_t table_width, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
+                     int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
                      int64_t dim, int64_t value_dim, int64_t page, float scale, int64_t window, float softcap,
                      const float *sinks) {
     const int64_t group = heads / kv_heads;
@@ -131,7 +131,7 @@ int decode_attention(float *out, const float *query, int64_t query_line, const f
             if (!scores) { failed = 1; continue; }
             const int64_t row = item / kv_heads, head = item % kv_heads, end = context[row];
             const int64_t begin = window && end > window ? end - window : 0;
-            const int64_t *pages = table + row * table_width;
+            const int64_t *pages = table + line_of[row] * table_width;
             const float *q = query + row * query_line + head * group * dim;
             const float *sink = sinks ? sinks + head * group : 0;
             float *o = out + (row * heads + head * group) * value_dim;
@@ -191,6 +191,18 @@ void rotate_and_store(float *query, float *key, const float *value, const float 
             const int64_t line = ((slots[t] / page * kv_heads + h) * page + slots[t] % page) * dim;
             rotate(k, cos + t * dim, sin + t * dim, dim);
             for (int64_t i = 0; i < dim; i++) keys[line + i] = k[i], values[line + i] = v[i];
+        }
+    }
+}
+
+/* out[t, i] = silu(x[t, i]) * x[t, width + i] for x [lines, 2 * width]. */
+void silu_mul(float *out, const float *x, int64_t lines, int64_t width) {
+#pragma omp parallel for schedule(static) if (lines * width > 8192)
+    for (int64_t t = 0; t < lines; t++) {
+        const float *gate = x + t * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i < width; i++) {
+            const float g = gate[i], e = exp_of_negative(g < 0 ? g : -g); /* e^-|g| */
+            out[t * width + i] = g * up[i] * (g < 0 ? e : 1.0f) / (1.0f + e);
         }
     }
 }

@@ -21,7 +21,6 @@ import torch
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered, but infinities stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
-WIDE = ()
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -30,12 +29,17 @@ class NativeOps:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
-        self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P] + [_I] * 6 + [_F, _I, _F, _P]
+        self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _I, _F, _P]
         self._norm.argtypes, self._norm.restype = [_P, _P, _P, _F, _I, _I], None
+        self._silu_mul = library.silu_mul
+        self._silu_mul.argtypes, self._silu_mul.restype = [_P, _P, _I, _I], None
         self._rotate.argtypes, self._rotate.restype = [_P] * 8 + [_I] * 8, None
 
-    def decode_attention(self, query, key_pages, value_pages, table, context, scale, window, softcap, sinks):
-        """`[rows, heads, dim]` → `[rows, heads, value_dim]`; `table` and `context` are int64 arrays of the rows."""
+    def attention(self, query, key_pages, value_pages, table, line_of, context, scale, window, softcap, sinks):
+        """Each query by itself: `[queries, heads, dim]` → `[queries, heads, value_dim]`.
+
+        Query `i` sees the first `context[i]` slots of line `line_of[i]` of `table`; all three are int64 arrays.
+        """
         rows, heads, dim = query.shape
         _, kv_heads, size, value_dim = value_pages.shape
         query, out = _lines(query), query.new_empty(rows, heads, value_dim)
@@ -48,6 +52,7 @@ class NativeOps:
             value_pages.data_ptr(),
             table.ctypes.data,
             table.shape[1],
+            line_of.ctypes.data,
             context.ctypes.data,
             rows,
             heads,
@@ -69,6 +74,13 @@ class NativeOps:
         x, out = x.contiguous(), torch.empty(x.shape)
         width = weight.shape[0]
         self._norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, x.numel() // width, width)
+        return out
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """silu of the first half of each line of `x` `[lines, 2 * width]`, times the second half: `[lines, width]`."""
+        lines, width = x.shape[0], x.shape[1] // 2
+        out = torch.empty(lines, width)
+        self._silu_mul(out.data_ptr(), x.data_ptr(), lines, width)
         return out
 
     def rotate_and_store(self, query, key, value, cos, sin, key_pages, value_pages, slots) -> None:
@@ -125,7 +137,7 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     with open("/proc/cpuinfo") as lines:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, *WIDE, version, processor]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, processor]).encode()).hexdigest()[:20]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_paged"
     try:
         base.mkdir(parents=True, exist_ok=True)
@@ -134,10 +146,10 @@ def _compiled(compiler: str) -> Path:
         target = Path(tempfile.mkdtemp(prefix="hf_paged-")) / f"native-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            wide = WIDE if platform.machine() in ("x86_64", "AMD64") else ()
             steps = (
-                [*FLAGS, *wide, "-c", str(SOURCE), "-o", f"{folder}/native.o"],
-                ["-shared", f"{folder}/native.o", "-lm", "-o", f"{folder}/native.so"],  # no -fopenmp: torch's runtime serves
+                [*FLAGS, "-c", str(SOURCE), "-o", f"{folder}/native.o"],
+                # Linked without OpenMP: torch's runtime serves.
+                ["-shared", f"{folder}/native.o", "-lm", "-o", f"{folder}/native.so"],
             )
             for arguments in steps:
                 subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=120)

@@ -2,8 +2,8 @@
 
 Queries against keys is a sampled dense product (SDDMM): a sparse matrix has a row for each (row, head) and a column for
 each slot; only the slots of the row's own pages are computed, and the mask is what the product is added to. Weights
-against values is a weighted bag sum of slots. No page is copied, whatever the page table, and nothing is padded but rows
-of like length, to the longest of them.
+against values is a weighted bag sum of slots. No page is copied, whatever the page table, and nothing is padded but
+rows of like length, to the longest of them.
 """
 
 from __future__ import annotations

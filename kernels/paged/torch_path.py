@@ -7,15 +7,27 @@ import torch
 import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
-from hf_paged.kernels.native import native_ops
+from hf_paged.kernels.native import NativeOps, native_ops
 from hf_paged.kernels.rows import PagedRows
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
+
+# Tokens of context up to which the queries of a longer row are computed one by one.
+ONE_BY_ONE = 512
 
 
 def paged_attention(
     query, key_pages, value_pages, rows: PagedRows, *, scale, window=None, softcap=None, sinks=None, fresh=None
 ) -> torch.Tensor:
     """See `hf_paged.kernels.paged_attention`."""
+    native = _native(query, key_pages, rows)
+    if native is not None and len(query) == rows.slots.shape[0]:
+        line_of, context = rows.derived("queries", lambda: _queries(rows))
+        # Few slots a query: one pass over pages beats setting up dense products a row. Long contexts take the products.
+        if context.max() <= ONE_BY_ONE or len(query) == rows.num_decodes:
+            table = rows.page_table
+            return native.attention(
+                query, key_pages, value_pages, table, line_of, context, scale, window, softcap, sinks
+            )
     n = rows.num_decodes
     if n == query.shape[0]:
         return _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
@@ -35,15 +47,27 @@ def paged_attention(
     return out
 
 
+def _native(query: torch.Tensor, key_pages: torch.Tensor, rows: PagedRows) -> NativeOps | None:
+    """Compiled ops, where there are any and they serve these tensors."""
+    fits = query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32 and rows.backend == "auto"
+    return native_ops() if fits else None
+
+
+def _queries(rows: PagedRows) -> tuple[np.ndarray, np.ndarray]:
+    """For each query token its row, and how many tokens it sees."""
+    line_of = np.repeat(np.arange(len(rows.query_lens)), rows.query_lens)
+    ends = np.cumsum(rows.query_lens)
+    return line_of, (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)
+
+
 def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) -> torch.Tensor:
     """One query a row: products are batched over pages, the softmax over rows. `[rows, heads, value_dim]`."""
-    if query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32:
-        native = native_ops() if rows.backend == "auto" else None
-        if native is not None:
-            table, context = rows.page_table, rows.context_lens
-            return native.decode_attention(query, key_pages, value_pages, table, context, scale, window, softcap, sinks)
-        if is_supported():
-            return sparse_decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
+    n = rows.num_decodes
+    if native := _native(query, key_pages, rows):
+        table, line_of, context = rows.page_table, np.arange(n), rows.context_lens[:n]
+        return native.attention(query, key_pages, value_pages, table, line_of, context, scale, window, softcap, sinks)
+    if query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32 and is_supported():
+        return sparse_decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
     index: DecodeIndex = rows.derived(("decode", window), lambda: build_decode_index(rows, window, query.device))
     n, heads, dim = query.shape
     kv_heads, size = key_pages.shape[1], rows.page_size
