@@ -74,8 +74,8 @@ JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 class PackedLinear(OneDnnLinear):
     """The same over copies of the weights in oneDNN's own order, which saves reordering them at every product.
 
-    The copies are good for as long as the weights are: `current` sees parameters that were replaced, or changed in place
-    but through `.data`; whoever holds this makes it anew for every call.
+    The copies are good for as long as the weights are: `current` sees parameters that were replaced or changed in
+    place, but not through `.data`; whoever holds this makes it anew for every call.
 
     Args:
         layers: to copy.

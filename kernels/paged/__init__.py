@@ -19,7 +19,10 @@ def choose_backend(wanted: str, device_type: str) -> tuple[str, str]:
     if wanted == "torch":
         return "torch", "asked for"
     if device_type == "cpu":
-        return "torch", "the model is on a CPU"
+        from hf_paged.kernels.native import native_status
+
+        ops, how = native_status()
+        return "torch", f"the model is on a CPU; {'float32 ops ' if ops else 'no compiled ops: '}{how}"
     return "torch", f"there are no Triton kernels yet (the model is on {device_type})"
 
 

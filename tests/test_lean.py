@@ -1,0 +1,99 @@
+"""The lean forward: the same tokens whatever its parts are made of, and no stale copy of a weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from hf_paged import Engine, SamplingParams
+from hf_paged.integrations import lean
+from hf_paged.integrations.linear import OneDnnLinear, PackedLinear
+from hf_paged.kernels.native import native_ops
+
+SIZES = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.3,
+)
+PROMPTS = [[3, 5, 8, 13], [21] * 9, [2, 4, 6]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+def make(kind: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    if kind == "llama":
+        return tiny_llama(head_dim=8)
+    config, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    return model_class(config(**SIZES)).eval()
+
+
+def tokens(engine: Engine) -> list[list[int]]:
+    return [r.outputs[0].token_ids for r in engine.generate(PROMPTS, GREEDY, raise_errors=True)]
+
+
+def alone(model: torch.nn.Module) -> list[list[int]]:
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+
+
+@pytest.fixture
+def packs_at_once(monkeypatch):
+    if not isinstance(lean.linear_backend(torch.zeros(1)), OneDnnLinear):
+        pytest.skip("this torch has no oneDNN products")
+    monkeypatch.setattr(lean, "PACK_AFTER", 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_tokens_are_the_models(kind, backend, packs_at_once):
+    model = make(kind)
+    with Engine(model, backend=backend, num_pages=64, page_size=4) as engine:
+        assert tokens(engine) == alone(model)
+        assert isinstance(engine.forward.run, lean.LeanForward)
+        assert isinstance(engine.forward.run.ops, PackedLinear)
+        assert hasattr(engine.forward.run.between, "ops") == (backend == "auto" and native_ops() is not None)
+
+
+@pytest.mark.parametrize("change", ["data", "in place", "replaced"])
+def test_no_stale_copy_in_the_next_call(change, packs_at_once):
+    model = make("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        before = tokens(engine)
+        layer = model.model.layers[0].mlp.down_proj
+        with torch.no_grad():
+            if change == "data":
+                layer.weight.data.mul_(-2)
+            elif change == "in place":
+                layer.weight.mul_(-2)
+            else:
+                layer.weight = torch.nn.Parameter(layer.weight * -2)
+        after = tokens(engine)
+        assert after == alone(model) and after != before
+
+
+def test_copies_are_dropped_when_a_weight_changes_between_steps(packs_at_once):
+    model = make("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        engine.submit(PROMPTS[0], GREEDY)
+        engine.step()
+        packed = engine.forward.run.ops
+        assert isinstance(packed, PackedLinear) and packed.current()
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+        assert not packed.current()
+        engine.step()
+        assert engine.forward.run.ops is not packed
+
+
+def test_large_models_are_not_copied(packs_at_once, monkeypatch):
+    monkeypatch.setattr(lean, "PACK_BYTES", 10)
+    with Engine(make("llama"), num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        assert not isinstance(engine.forward.run.ops, PackedLinear)
