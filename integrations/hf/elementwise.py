@@ -28,8 +28,12 @@ class TorchElementwise:
         half = cos.shape[-1] // 2
         return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
 
-    def rotate_and_store(self, query, key, value, rotation, pages: Pages, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+    def rotate_and_store(
+        self, query, key, value, rotation, pages: Pages, slots, rows: PagedRows
+    ) -> tuple[torch.Tensor, ...]:
         """Rotate queries and keys `[tokens, heads, head_dim]` (Su et al. 2021), store keys and values.
+
+        `slots` may have more lines than `rows.slots`, for tokens that are there to fill up.
 
         Returns:
             the rotated queries and keys.
@@ -38,7 +42,8 @@ class TorchElementwise:
         half = query.shape[-1] // 2
         query = torch.addcmul(query * cos, query.roll(half, -1), sin)
         key = torch.addcmul(key * cos, key.roll(half, -1), sin)
-        write_kv(key, value, *pages, rows)
+        n = len(rows.slots)
+        write_kv(key[:n], value[:n], *pages, rows)
         return query, key
 
 
@@ -54,8 +59,10 @@ class NativeElementwise(TorchElementwise):
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return cos.contiguous(), sin.contiguous()
 
-    def rotate_and_store(self, query, key, value, rotation, pages: Pages, rows: PagedRows) -> tuple[torch.Tensor, ...]:
-        self.ops.rotate_and_store(query, key, value, *rotation, *pages, rows.slots)
+    def rotate_and_store(
+        self, query, key, value, rotation, pages: Pages, slots, rows: PagedRows
+    ) -> tuple[torch.Tensor, ...]:
+        self.ops.rotate_and_store(query, key, value, *rotation, *pages, slots)
         return query, key
 
 

@@ -26,6 +26,8 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Weights of up to so many bytes are copied into oneDNN's order, once a call has computed so many tokens.
 PACK_BYTES = 64 * 2**20
 PACK_AFTER = 512
+# Lines of every product are a multiple of this, from two tokens on.
+LINES = 4
 
 
 def _plain(module: nn.Module, kind: type | str) -> bool:
@@ -121,19 +123,24 @@ class LeanForward:
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
         self._choose_weights(plan.tokens)
-        hidden = F.embedding(plan.token_ids, self.embed.weight)
-        cos, sin = self.rotary(hidden[None], plan.positions[None])
+        # oneDNN keeps a compiled product for every number of lines: rounded up, they are few.
+        spare = -plan.tokens % LINES if plan.tokens > 1 else 0
+        token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
+        slots = F.pad(plan.rows.slots, (0, spare))  # slot 0 lies on the page that takes what goes nowhere
+        hidden = F.embedding(token_ids, self.embed.weight)
+        cos, sin = self.rotary(hidden[None], positions[None])
         rotation = self.between.rotation(cos[0], sin[0])
-        last = len(self.layers) - 1
+        last, wanted = len(self.layers) - 1, len(plan.logits_at)
         for index, layer in enumerate(self.layers):
-            mixed = self._attention(index, layer, hidden, rotation, plan)
-            if index == last and len(plan.logits_at) < plan.tokens:
+            mixed = F.pad(self._attention(index, layer, hidden, rotation, slots, plan), (0, 0, 0, spare))
+            if index == last and wanted < plan.tokens:
                 # Nothing reads the other tokens any more: their KV is stored.
-                hidden, mixed = hidden[plan.logits_at], mixed[plan.logits_at]
+                at = F.pad(plan.logits_at, (0, -wanted % LINES if wanted > 1 else 0))
+                hidden, mixed = hidden[at], mixed[at]
             hidden = self.ops.add(mixed, layer.attention.o_proj, hidden)
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
             hidden = self.ops.add(self.ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
-        return self.ops.linear(self.between.rms_norm(hidden, self.norm), self.head).float()
+        return self.ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted].float()
 
     def _choose_weights(self, tokens: int) -> None:
         """Copy small models' weights into oneDNN's order once a call is long enough to pay for it."""
@@ -157,7 +164,7 @@ class LeanForward:
             single += [part for layer in self.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)]
         return PackedLinear([self.head, *single], blocks, ops)
 
-    def _attention(self, index: int, layer: Layer, hidden, rotation, plan: StepPlan) -> torch.Tensor:
+    def _attention(self, index: int, layer: Layer, hidden, rotation, slots, plan: StepPlan) -> torch.Tensor:
         """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
         normed = self.between.rms_norm(hidden, layer.norm)
@@ -166,9 +173,11 @@ class LeanForward:
             query = self.between.rms_norm(query, attention.q_norm)
             key = self.between.rms_norm(key, attention.k_norm)
         pages = self.store.keys[index], self.store.values[index]
-        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, plan.rows)
-        out = paged_attention(query, *pages, plan.rows, scale=self.scale, window=layer.window, fresh=(key, value))
-        return out.view(tokens, -1)
+        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, slots, plan.rows)
+        n = plan.tokens
+        fresh = (key[:n], value[:n])
+        out = paged_attention(query[:n], *pages, plan.rows, scale=self.scale, window=layer.window, fresh=fresh)
+        return out.view(n, -1)
 
 
 def _window(config, index: int) -> int | None:
