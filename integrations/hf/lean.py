@@ -26,8 +26,6 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Weights of up to so many bytes are copied into oneDNN's order, once a call has computed so many tokens.
 PACK_BYTES = 64 * 2**20
 PACK_AFTER = 512
-# Lines of every product are a multiple of this, from two tokens on.
-LINES = 4
 
 
 def _plain(module: nn.Module, kind: type | str) -> bool:
@@ -124,7 +122,7 @@ class LeanForward:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
         self._choose_weights(plan.tokens)
         # oneDNN keeps a compiled product for every number of lines: rounded up, they are few.
-        spare = -plan.tokens % LINES if plan.tokens > 1 else 0
+        spare = _spare(plan.tokens)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
         slots = F.pad(plan.rows.slots, (0, spare))  # slot 0 lies on the page that takes what goes nowhere
         hidden = F.embedding(token_ids, self.embed.weight)
@@ -135,7 +133,7 @@ class LeanForward:
             mixed = F.pad(self._attention(index, layer, hidden, rotation, slots, plan), (0, 0, 0, spare))
             if index == last and wanted < plan.tokens:
                 # Nothing reads the other tokens any more: their KV is stored.
-                at = F.pad(plan.logits_at, (0, -wanted % LINES if wanted > 1 else 0))
+                at = F.pad(plan.logits_at, (0, _spare(wanted)))
                 hidden, mixed = hidden[at], mixed[at]
             hidden = self.ops.add(mixed, layer.attention.o_proj, hidden)
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
@@ -178,6 +176,11 @@ class LeanForward:
         fresh = (key[:n], value[:n])
         out = paged_attention(query[:n], *pages, plan.rows, scale=self.scale, window=layer.window, fresh=fresh)
         return out.view(n, -1)
+
+
+def _spare(lines: int) -> int:
+    """Lines to add to a product of so many: up to a multiple of 4, or of 16 where that costs little."""
+    return 0 if lines <= 1 else -lines % (4 if lines <= 32 else 16)
 
 
 def _window(config, index: int) -> int | None:
