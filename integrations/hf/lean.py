@@ -179,8 +179,8 @@ class LeanForward:
 
 
 def _spare(lines: int) -> int:
-    """Lines to add to a product of so many: up to a multiple of 4, or of 16 where that costs little."""
-    return 0 if lines <= 1 else -lines % (4 if lines <= 32 else 16)
+    """Lines to add to a product of so many: up to a multiple of 4, 16 or 32, whichever costs little."""
+    return 0 if lines <= 1 else -lines % (4 if lines <= 16 else 16 if lines <= 128 else 32)
 
 
 def _window(config, index: int) -> int | None:
