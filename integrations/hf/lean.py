@@ -148,7 +148,7 @@ class LeanForward:
                 self.ops, self.computed = self.plain, 0
         elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
             parts = [part for layer in self.layers for part in layer.parts()]
-            if self.head.weight.nbytes + sum(part.weight.nbytes for part in parts) <= PACK_BYTES:
+            if sum(part.weight.nbytes for part in parts) <= PACK_BYTES:
                 self.ops = self._packed()
 
     def _packed(self) -> PackedLinear:
@@ -160,7 +160,7 @@ class LeanForward:
             blocks += [layer.mlp for layer in self.layers]
         else:
             single += [part for layer in self.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)]
-        return PackedLinear([self.head, *single], blocks, ops)
+        return PackedLinear(single, blocks, ops)  # the head is read as it is: a copy gains little
 
     def _attention(self, index: int, layer: Layer, hidden, rotation, slots, plan: StepPlan) -> torch.Tensor:
         """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""

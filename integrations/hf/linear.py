@@ -99,7 +99,8 @@ class PackedLinear(OneDnnLinear):
         return self._pack(weight), bias, [part.out_features for part in parts]
 
     def weight(self, layer: nn.Linear) -> torch.Tensor:
-        return self._packed[layer]
+        packed = self._packed.get(layer)
+        return layer._parameters["weight"] if packed is None else packed
 
     def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
         weight, bias, sizes = self._joined[attention]
