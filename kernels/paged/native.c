@@ -8,108 +8,180 @@
 
 /* Sixteen floats anywhere in memory; compilers split them where registers are narrower. */
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
-typedef float lanes8 __attribute__((vector_size(32)));
-typedef float lanes4 __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(64)));
 
-INLINE float sum_of(lanes x) {
-    lanes8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    lanes4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    b += __builtin_shufflevector(b, b, 2, 3, 0, 1);
-    b += __builtin_shufflevector(b, b, 1, 0, 3, 2);
-    return b[0];
+/* Lanes of a where `mask` is set, else of b. (C has no ?: over vectors.) */
+INLINE lanes choose(ints mask, lanes a, lanes b) { return (lanes)(((ints)a & mask) | ((ints)b & ~mask)); }
+
+INLINE float total(lanes x) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += x[i];
+    return sum;
 }
 
-/* Scores of one KV head's `group` queries against slots [begin, end) of a row: scores[g * stride + i]. */
-INLINE void score_slots(float *scores, int64_t stride, const float *query, const float *keys, const int64_t *table,
-                        int64_t begin, int64_t end, int64_t head, int64_t kv_heads, const int64_t group, int64_t page,
+INLINE float largest(lanes x) {
+    float top = x[0];
+    for (int i = 1; i < 16; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* Lanes of a where `lane & bit` is 0, else of b, each plus the lane of its partner across `bit`. */
+#define FOLD(a, b, bit) (PICK(a, b, 0, bit) + PICK(a, b, bit, bit))
+#define PICK(a, b, flip, bit) \
+    __builtin_shufflevector(a, b, AT(0, flip, bit), AT(1, flip, bit), AT(2, flip, bit), AT(3, flip, bit), AT(4, flip, bit), \
+                            AT(5, flip, bit), AT(6, flip, bit), AT(7, flip, bit), AT(8, flip, bit), AT(9, flip, bit), \
+                            AT(10, flip, bit), AT(11, flip, bit), AT(12, flip, bit), AT(13, flip, bit), AT(14, flip, bit), \
+                            AT(15, flip, bit))
+#define AT(lane, flip, bit) (((lane) ^ (flip)) + ((lane) & (bit) ? 16 : 0))
+
+/* Products of a query with 16 keys that lie one after another: lane i is that of key i. */
+INLINE lanes dot16(const float *query, const float *keys, const int64_t dim) {
+    lanes part[16];
+    for (int64_t j = 0; j < 16; j++) {
+        part[j] = *(const lanes *)query * *(const lanes *)(keys + j * dim);
+        for (int64_t i = 16; i < dim; i += 16) part[j] += *(const lanes *)(query + i) * *(const lanes *)(keys + j * dim + i);
+    }
+    for (int64_t j = 0; j < 16; j += 2) part[j] = FOLD(part[j], part[j + 1], 1);
+    for (int64_t j = 0; j < 16; j += 4) part[j] = FOLD(part[j], part[j + 2], 2);
+    for (int64_t j = 0; j < 16; j += 8) part[j] = FOLD(part[j], part[j + 4], 4);
+    return FOLD(part[0], part[8], 8);
+}
+
+/* Slots [begin, end) of one row and KV head. */
+typedef struct {
+    const float *pages;
+    const int64_t *table;
+    int64_t begin, end, head, kv_heads, page, dim;
+} span;
+
+INLINE const float *slot(span s, int64_t t) {
+    return s.pages + ((s.table[t / s.page] * s.kv_heads + s.head) * s.page + t % s.page) * s.dim;
+}
+
+/* How many slots from t on lie one after another: at most 16. */
+INLINE int64_t block(span s, int64_t t) {
+    const int64_t room = s.page - t % s.page, left = s.end - t, n = room < left ? room : left;
+    return n < 16 ? n : 16;
+}
+
+/* What will be read two blocks of 16 after slot t of s, behind which `then` is read: far enough for memory to bring it. */
+INLINE const float *ahead(span s, int64_t t, span then) {
+    const int64_t next = t + 32, over = then.begin + next - s.end;
+    if (next < s.end) return slot(s, next);
+    return slot(then, over < then.end ? over : then.begin);
+}
+
+INLINE void fetch(const float *at, int64_t floats) { /* to the second level: the first has too few places */
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(at + i, 0, 2);
+}
+
+/* scores[g * stride + i]: `group` queries against the i-th slot. May write up to 15 behind a query's last. */
+INLINE void score_slots(float *scores, int64_t stride, const float *query, span keys, span then, const int64_t group,
                         float scale, const int64_t dim) {
-    const int64_t wide = dim / 16;
-    for (int64_t t = begin; t < end;) {
-        int64_t stop = (t / page + 1) * page;
-        if (stop > end) stop = end;
-        const float *key = keys + ((table[t / page] * kv_heads + head) * page + t % page) * dim;
-        const float *next = stop < end ? keys + (table[stop / page] * kv_heads + head) * page * dim : key;
-        for (; t < stop; t++, key += dim, next += dim) {
-            for (int64_t i = 0; i < wide; i++) __builtin_prefetch(next + 16 * i);
-            for (int64_t g = 0; g < group; g++) {
-                lanes part = {0};
-                for (int64_t i = 0; i < wide; i++)
-                    part += *(const lanes *)(query + g * dim + 16 * i) * *(const lanes *)(key + 16 * i);
-                float sum = sum_of(part);
-                for (int64_t d = 16 * wide; d < dim; d++) sum += query[g * dim + d] * key[d];
-                scores[g * stride + t - begin] = sum * scale;
+    for (int64_t t = keys.begin, n; t < keys.end; t += n) {
+        const float *key = slot(keys, t), *next = ahead(keys, t, then);
+        const int whole = dim % 16 == 0 && keys.page - t % keys.page >= 16;
+        float *score = scores + t - keys.begin;
+        n = block(keys, t);
+        for (int64_t g = 0; g < group; g++) {
+            fetch(next + g * 16 / group * dim, ((g + 1) * 16 / group - g * 16 / group) * dim);
+            if (whole) { /* what lies behind `end` on the page is finite, and nobody reads its score */
+                *(lanes *)(score + g * stride) = dot16(query + g * dim, key, dim) * scale;
+                continue;
+            }
+            for (int64_t i = 0; i < n; i++) {
+                float sum = 0;
+                for (int64_t d = 0; d < dim; d++) sum += query[g * dim + d] * key[i * dim + d];
+                score[g * stride + i] = sum * scale;
             }
         }
     }
 }
 
-/* out[g, :] = sum of weights[g, i] * value of slot i. */
-INLINE void sum_values(float *out, const float *weights, int64_t stride, const float *values, const int64_t *table,
-                       int64_t begin, int64_t end, int64_t head, int64_t kv_heads, const int64_t group, int64_t page,
-                       const int64_t dim) {
-    const int64_t wide = dim / 16;
-    lanes sums[group * wide + 1];
-    for (int64_t i = 0; i < group * wide; i++) sums[i] = (lanes){0};
-    for (int64_t i = 0; i < group * dim; i++) out[i] = 0;
-    for (int64_t t = begin; t < end;) {
-        int64_t stop = (t / page + 1) * page;
-        if (stop > end) stop = end;
-        const float *value = values + ((table[t / page] * kv_heads + head) * page + t % page) * dim;
-        const float *next = stop < end ? values + (table[stop / page] * kv_heads + head) * page * dim : value;
-        for (; t < stop; t++, value += dim, next += dim) {
-            for (int64_t i = 0; i < wide; i++) __builtin_prefetch(next + 16 * i);
-            for (int64_t g = 0; g < group; g++) {
-                const float weight = weights[g * stride + t - begin];
-                for (int64_t i = 0; i < wide; i++) sums[g * wide + i] += weight * *(const lanes *)(value + 16 * i);
-                for (int64_t d = 16 * wide; d < dim; d++) out[g * dim + d] += weight * value[d];
-            }
-        }
+/* out[g, :] += sum of weights[g, i] * values[i, :] over n lines, for `group` queries whose sums fit the registers. */
+INLINE void add_lines(float *out, const float *weights, int64_t stride, const float *values, int64_t n, const float *next,
+                      const int64_t group, const int64_t dim) {
+    lanes sums[16] = {0};
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t i = 0; i < dim / 16; i++) sums[g * (dim / 16) + i] = *(lanes *)(out + g * dim + 16 * i);
+    for (int64_t t = 0; t < n; t++, values += dim, next += dim) {
+        fetch(next, dim);
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t i = 0; i < dim / 16; i++)
+                sums[g * (dim / 16) + i] += weights[g * stride + t] * *(const lanes *)(values + 16 * i);
     }
     for (int64_t g = 0; g < group; g++)
-        for (int64_t i = 0; i < wide; i++) *(lanes *)(out + g * dim + 16 * i) = sums[g * wide + i];
+        for (int64_t i = 0; i < dim / 16; i++) *(lanes *)(out + g * dim + 16 * i) = sums[g * (dim / 16) + i];
 }
 
-/* e^x for x <= 0, to about 2 units in the last place; in plain arithmetic, so that loops of it become vector code
- * (Cephes' expf polynomial). */
-INLINE float exp_of_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const int32_t n = (int32_t)(x * 1.44269504f - 0.5f);
-    const float r = x - (float)n * 0.693147181f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+/* out[g, :] = sum of weights[g, i] * value of the i-th slot. */
+INLINE void sum_values(float *out, const float *weights, int64_t stride, span values, span then, const int64_t group,
+                       const int64_t dim) {
+    const int64_t fit = dim % 16 || dim > 256 ? 0 : 256 / dim; /* queries at a time */
+    for (int64_t i = 0; i < group * dim; i++) out[i] = 0;
+    for (int64_t t = values.begin, n; t < values.end; t += n) {
+        const float *value = slot(values, t), *next = ahead(values, t, then), *weight = weights + t - values.begin;
+        int64_t g = 0;
+        n = block(values, t);
+        for (; fit && g + fit <= group; g += fit)
+            add_lines(out + g * dim, weight + g * stride, stride, value, n, next, fit, dim);
+        if (fit && group % fit)
+            add_lines(out + g * dim, weight + g * stride, stride, value, n, next, group % fit, dim);
+        for (; !fit && g < group; g++)
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t d = 0; d < dim; d++) out[g * dim + d] += weight[g * stride + i] * value[i * dim + d];
+    }
+}
+
+/* e^x for x <= 0, to about 2 units in the last place, sixteen at a time (Cephes' expf polynomial). */
+INLINE lanes exp_of_negative(lanes x) {
+    x = choose(x < -87.0f, (lanes){0} - 87.0f, x);
+    const ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
+    const lanes r = x - __builtin_convertvector(n, lanes) * 0.693147181f;
+    lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {(n + 127) << 23};
-    return p * power.f;
+    return p * (lanes)((n + 127) << 23);
 }
 
-/* Softmax over scores[0, n), after `softcap` (0: none); a sink, if any, takes its share of the sum. */
+INLINE lanes silu(lanes x) {
+    const lanes e = exp_of_negative(choose(x < 0, x, -x)); /* e^-|x| */
+    return x * choose(x < 0, e, (lanes){0} + 1.0f) / (1.0f + e);
+}
+
+/* Softmax over scores[0, n), after `softcap` (0: none); a sink, if any, takes its share of the sum. Writes up to the next
+ * multiple of 16. */
 static void softmax(float *scores, int64_t n, float softcap, const float *sink) {
-    float top = sink ? *sink : -INFINITY, sum = 0;
+    lanes top = (lanes){0} + (sink ? *sink : -INFINITY), sum = {0};
     if (softcap > 0)
         for (int64_t i = 0; i < n; i++) scores[i] = softcap * tanhf(scores[i] / softcap);
-    for (int64_t i = 0; i < n; i++) top = scores[i] > top ? scores[i] : top;
-    for (int64_t i = 0; i < n; i++) {
-        const float e = exp_of_negative(scores[i] - top);
-        scores[i] = e;
+    for (int64_t i = n; i % 16; i++) scores[i] = -INFINITY;
+    for (int64_t i = 0; i < n; i += 16) {
+        const lanes x = *(lanes *)(scores + i);
+        top = choose(x > top, x, top);
+    }
+    top = (lanes){0} + largest(top);
+    for (int64_t i = 0; i < n; i += 16) {
+        const lanes e = exp_of_negative(*(lanes *)(scores + i) - top);
+        *(lanes *)(scores + i) = e;
         sum += e;
     }
-    if (sink) sum += expf(*sink - top);
-    const float scale = 1 / sum;
-    for (int64_t i = 0; i < n; i++) scores[i] *= scale;
+    const float scale = 1 / (total(sum) + (sink ? expf(*sink - top[0]) : 0));
+    for (int64_t i = 0; i < n; i += 16) *(lanes *)(scores + i) *= scale;
 }
 
-/* One row and KV head: `group` queries over slots [begin, end). */
-INLINE void attend(float *out, float *scores, int64_t stride, const float *query, const float *keys, const float *values,
-                   const int64_t *table, int64_t begin, int64_t end, int64_t head, int64_t kv_heads, int64_t page,
+/* One row and KV head: `group` queries over all slots of a span. `then`: the keys that are read next. */
+INLINE void attend(float *out, float *scores, int64_t stride, const float *query, span keys, span values, span then,
                    float scale, float softcap, const float *sinks, const int64_t group, const int64_t dim,
                    const int64_t value_dim) {
-    score_slots(scores, stride, query, keys, table, begin, end, head, kv_heads, group, page, scale, dim);
-    for (int64_t g = 0; g < group; g++) softmax(scores + g * stride, end - begin, softcap, sinks ? sinks + g : 0);
-    sum_values(out, scores, stride, values, table, begin, end, head, kv_heads, group, page, value_dim);
+    keys.dim = then.dim = dim;
+    values.dim = value_dim;
+    score_slots(scores, stride, query, keys, values, group, scale, dim);
+    for (int64_t g = 0; g < group; g++) softmax(scores + g * stride, keys.end - keys.begin, softcap, sinks ? sinks + g : 0);
+    sum_values(out, scores, stride, values, then, group, value_dim);
 }
 
 /* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
@@ -118,25 +190,32 @@ int decode_attention(float *out, const float *query, int64_t query_line, const f
                      int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
                      int64_t dim, int64_t value_dim, int64_t page, float scale, int64_t window, float softcap,
                      const float *sinks) {
-    const int64_t group = heads / kv_heads;
-    int64_t longest = 0;
+    const int64_t group = heads / kv_heads, items = rows * kv_heads;
+    int64_t longest = 0, taken = 0;
     int failed = 0;
     for (int64_t r = 0; r < rows; r++) longest = context[r] > longest ? context[r] : longest;
-    const int64_t stride = (longest + 15) / 16 * 16;
+    const int64_t stride = (longest + 31) / 16 * 16;
+#define SPAN(pages, row, head, dim) \
+    ((span){pages, table + line_of[row] * table_width, window && context[row] > window ? context[row] - window : 0, \
+            context[row], head, kv_heads, page, dim})
 #pragma omp parallel
     {
         float *scores = malloc(sizeof(float) * (size_t)(group * stride));
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows * kv_heads; item++) {
-            if (!scores) { failed = 1; continue; }
-            const int64_t row = item / kv_heads, head = item % kv_heads, end = context[row];
-            const int64_t begin = window && end > window ? end - window : 0;
-            const int64_t *pages = table + line_of[row] * table_width;
+        int64_t item, after;
+        if (!scores) failed = 1;
+#pragma omp atomic capture
+        item = taken++;
+        /* A thread takes its next item before it computes one, so that memory can be on its way. */
+        for (; scores && item < items; item = after) {
+#pragma omp atomic capture
+            after = taken++;
+            const int64_t row = item / kv_heads, head = item % kv_heads;
+            const span k = SPAN(keys, row, head, dim), v = SPAN(values, row, head, value_dim);
+            const span then = after < items ? SPAN(keys, after / kv_heads, after % kv_heads, dim) : k;
             const float *q = query + row * query_line + head * group * dim;
             const float *sink = sinks ? sinks + head * group : 0;
             float *o = out + (row * heads + head * group) * value_dim;
-#define ATTEND(G, D, V) \
-    attend(o, scores, stride, q, keys, values, pages, begin, end, head, kv_heads, page, scale, softcap, sink, G, D, V)
+#define ATTEND(G, D, V) attend(o, scores, stride, q, k, v, then, scale, softcap, sink, G, D, V)
 #define BY_GROUP(D) \
     switch (group) { \
         case 1: ATTEND(1, D, D); break; \
@@ -200,9 +279,8 @@ void silu_mul(float *out, const float *x, int64_t lines, int64_t width) {
 #pragma omp parallel for schedule(static) if (lines * width > 8192)
     for (int64_t t = 0; t < lines; t++) {
         const float *gate = x + t * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i < width; i++) {
-            const float g = gate[i], e = exp_of_negative(g < 0 ? g : -g); /* e^-|g| */
-            out[t * width + i] = g * up[i] * (g < 0 ? e : 1.0f) / (1.0f + e);
-        }
+        for (int64_t i = 0; i + 16 <= width; i += 16)
+            *(lanes *)(out + t * width + i) = silu(*(const lanes *)(gate + i)) * *(const lanes *)(up + i);
+        for (int64_t i = width / 16 * 16; i < width; i++) out[t * width + i] = silu((lanes){0} + gate[i])[0] * up[i];
     }
 }
