@@ -9,12 +9,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_paged
 import hf_paged.integrations
 import hf_paged.kernels
+from hf_paged.kernels.native import SOURCES
 
 checkout = Path(sys.argv[1]).resolve()
 for module in (hf_paged, hf_paged.kernels, hf_paged.integrations):
     path = Path(module.__file__).resolve()
     if checkout in path.parents:
         raise SystemExit(f"{module.__name__} was imported from the checkout: {path}")
+
+if not any(path.suffix == ".c" for path in SOURCES):
+    raise SystemExit("the wheel holds none of the C sources")
 
 torch.manual_seed(0)
 config = LlamaConfig(

@@ -62,35 +62,49 @@ def decide(
         needed: pages that a running row must take from the pool to compute so many more tokens.
     """
     ordered = sorted(running, key=lambda row: row.order)
-    decodes = [row for row in ordered if row.sequence.pending == 1]
-    prefills = [row for row in ordered if row.sequence.pending > 1]
-    alive = dict.fromkeys(ordered)
-    work: list[Work] = []
-    preempted: list[Row] = []
-    free, budget = limits.free_pages, limits.max_batch_tokens
-    granted: dict[Row, int] = {}
-    for row in decodes + prefills:
-        if row not in alive or budget == 0:
-            continue
-        count = min(row.sequence.pending, budget)
-        want = needed(row, count)
-        while want > free and row in alive:
-            victim = next(reversed(alive))
-            del alive[victim]
-            preempted.append(victim)
-            free += len(victim.sequence.pages) + granted.pop(victim, 0)
-            if victim is not row:
-                budget += sum(w.count for w in work if w.row is victim)
-                work = [w for w in work if w.row is not victim]
-        if row in alive:
-            free -= want
-            budget -= count
-            granted[row] = want
-            work.append(Work(row, count, want))
-    admitted = [] if preempted else _admit(waiting, limits, free, budget, len(alive))
+    grants = _Grants(ordered, limits)
+    for decoding in (True, False):
+        for row in ordered:
+            if (row.sequence.pending == 1) == decoding:
+                grants.give(row, needed)
+    admitted = []
+    if not grants.preempted:
+        admitted = _admit(waiting, limits, grants.free, grants.budget, len(grants.alive))
     # Decodes first, longest first: attention serves neighbours of like length together.
-    work = sorted(work + admitted, key=lambda w: (w.count > 1, -len(w.row.tokens)))
-    return Decision(tuple(work), tuple(w.row for w in admitted), tuple(preempted))
+    work = sorted(grants.work + admitted, key=lambda w: (w.count > 1, -len(w.row.tokens)))
+    return Decision(tuple(work), tuple(w.row for w in admitted), tuple(grants.preempted))
+
+
+class _Grants:
+    """What running rows get in a step, and which of them give up their pages for it."""
+
+    def __init__(self, rows: Iterable[Row], limits: Limits) -> None:
+        self.alive = dict.fromkeys(rows)
+        self.free, self.budget = limits.free_pages, limits.max_batch_tokens
+        self.work: list[Work] = []
+        self.preempted: list[Row] = []
+
+    def give(self, row: Row, needed: Callable[[Row, int], int]) -> None:
+        """Tokens of the budget and pages to `row`, unless it has lost its own."""
+        if row not in self.alive or self.budget == 0:
+            return
+        count = min(row.sequence.pending, self.budget)
+        want = needed(row, count)
+        while want > self.free and row in self.alive:
+            self._preempt_last()
+        if row in self.alive:
+            self.free -= want
+            self.budget -= count
+            self.work.append(Work(row, count, want))
+
+    def _preempt_last(self) -> None:
+        victim, _ = self.alive.popitem()
+        self.preempted.append(victim)
+        self.free += len(victim.sequence.pages)
+        for work in [work for work in self.work if work.row is victim]:
+            self.work.remove(work)
+            self.free += work.pages
+            self.budget += work.count
 
 
 def _admit(waiting: Iterable[Row], limits: Limits, free: int, budget: int, alive: int) -> list[Work]:

@@ -122,20 +122,16 @@ def switch_lock(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-class Switch:
-    """The model's attention turned to pages, and its modules to evaluation: `on`, and always `off` afterwards.
+class Evaluation:
+    """The model's modules in evaluation mode: `on`, and always `off` afterwards, or as a context.
 
     Not a context manager made of a generator: an interrupt between its parts would leave the model switched.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-        self.before = [(config, config._attn_implementation_internal) for config in configs]
         self.training = [module for module in model.modules() if module.training]
 
     def on(self) -> None:
-        for config, implementation in self.before:
-            config._attn_implementation_internal = _register((implementation or "eager").removeprefix(PREFIX))
         for module in self.training:
             module.training = False
 
@@ -147,10 +143,33 @@ class Switch:
             self._restore()
 
     def _restore(self) -> None:
-        for config, implementation in self.before:
-            config._attn_implementation_internal = implementation
         for module in self.training:
             module.training = True
+
+    def __enter__(self) -> None:
+        self.on()
+
+    def __exit__(self, *exc: object) -> None:
+        self.off()
+
+
+class Switch(Evaluation):
+    """The same, with the model's attention turned to pages."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        self.before = [(config, config._attn_implementation_internal) for config in configs]
+
+    def on(self) -> None:
+        for config, implementation in self.before:
+            config._attn_implementation_internal = _register((implementation or "eager").removeprefix(PREFIX))
+        super().on()
+
+    def _restore(self) -> None:
+        for config, implementation in self.before:
+            config._attn_implementation_internal = implementation
+        super()._restore()
 
 
 class ModuleForward:

@@ -176,7 +176,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to give."""
-        return self.core.has_work or bool(self._finished)
+        return self.core.busy or bool(self._finished) or any(request.ended for request in self._submitted)
 
     # -- sight
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_paged.integrations.attention import CannotDrive, ModuleForward, switch_lock
+from hf_paged.integrations.attention import CannotDrive, Evaluation, ModuleForward, switch_lock
 from hf_paged.integrations.lean import LeanForward
 from hf_paged.memory import Memory
 from hf_paged.plan import PlanRow, build_plan
@@ -58,29 +58,34 @@ def model_facts(model: nn.Module) -> ModelFacts:
             raise CannotDrive(f"it has a {name} of its own")
     embedding = model.get_input_embeddings()
     try:
-        with switch_lock(model), torch.no_grad(), _evaluating(model):
+        with switch_lock(model), torch.no_grad(), Evaluation(model):
             ids = torch.zeros(1, 2, dtype=torch.long, device=embedding.weight.device)
             cache = getattr(model(input_ids=ids, use_cache=True, return_dict=True), "past_key_values", None)
     except Exception as error:  # it may need more than token ids; if it is broken, its caller will be told
         raise CannotDrive(f"it does not run on token ids alone ({type(error).__name__}: {error})") from error
-    layers = []
-    for layer in getattr(cache, "layers", ()):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or not isinstance(values, torch.Tensor):
-            raise CannotDrive("its cache holds more than keys and values")
-        layers.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]))
-    if not layers:
-        raise CannotDrive("it has no cache of keys and values")
+    layers = _layer_shapes(cache)
     eos = getattr(model.generation_config, "eos_token_id", None)
     return ModelFacts(
-        layers=tuple(layers),
-        dtype=keys.dtype,
+        layers=layers,
+        dtype=cache.layers[0].keys.dtype,
         device=embedding.weight.device,
         vocab_size=embedding.num_embeddings,
         max_positions=getattr(config, "max_position_embeddings", None),
         steady_length=_steady_length(config),
         eos_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
     )
+
+
+def _layer_shapes(cache: Any) -> tuple[LayerShape, ...]:
+    shapes = []
+    for layer in getattr(cache, "layers", ()):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or not isinstance(values, torch.Tensor):
+            raise CannotDrive("its cache holds more than keys and values")
+        shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]))
+    if not shapes:
+        raise CannotDrive("it has no cache of keys and values")
+    return tuple(shapes)
 
 
 def _steady_length(config: Any) -> int | None:
@@ -94,21 +99,6 @@ def _steady_length(config: Any) -> int | None:
         elif kind == "longrope":
             limits.append(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     return min(limits, default=None)
-
-
-class _evaluating:
-    """Modules in evaluation mode inside, as they were outside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.training = [module for module in model.modules() if module.training]
-
-    def __enter__(self) -> None:
-        for module in self.training:
-            module.training = False
-
-    def __exit__(self, *exc) -> None:
-        for module in self.training:
-            module.training = True
 
 
 class PagedForward:
@@ -166,7 +156,7 @@ def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
     except Exception as error:
         raise CannotDrive(f"its code does not work on pages ({type(error).__name__}: {error})") from error
     _check_windows(config, getattr(forward.run, "windows", {}))
-    with switch_lock(model), torch.no_grad(), _evaluating(model):
+    with switch_lock(model), torch.no_grad(), Evaluation(model):
         for i, row in enumerate(rows):
             ids = torch.tensor([row], device=facts.device)
             own = model(input_ids=ids, return_dict=True).logits[0, -2:].float()

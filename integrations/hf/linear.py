@@ -91,10 +91,17 @@ class PackedLinear(OneDnnLinear):
         self._slots = [(layer._parameters, name) for layer in seen for name in ("weight", "bias")]
         self._made = self._state()
         self._packed = {layer: self._pack(layer.weight.detach()) for layer in layers}
-        self._joined = {block: self._join(parts) for block, parts in joined}
+        # One buffer for all: a heap does not fill the hole that the last one left.
+        sizes = [sum(part.weight.numel() for part in parts) for _, parts in joined]
+        scratch = seen[0].weight.new_empty(max(sizes, default=0))
+        self._joined = {block: self._join(parts, scratch) for block, parts in joined}
 
-    def _join(self, parts: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
-        weight = torch.cat([part.weight.detach() for part in parts])
+    def _join(
+        self, parts: list[nn.Linear], scratch: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+        shape = sum(part.out_features for part in parts), parts[0].in_features
+        weight = scratch[: shape[0] * shape[1]].view(shape)
+        torch.cat([part.weight.detach() for part in parts], out=weight)
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
         return self._pack(weight), bias, [part.out_features for part in parts]
 

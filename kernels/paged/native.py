@@ -1,7 +1,8 @@
 """CPU ops compiled on first use by the machine's own C compiler. Optional: without one, the torch ops do the same.
 
-`native.c` takes about a second to compile and is kept in the user's cache folder, by source, compiler and processor. It
-runs on the threads of torch's own OpenMP, so that `torch.set_num_threads` governs it and no second pool competes.
+The files of `csrc` take about a second to compile and are kept in the user's cache folder, by source, compiler and
+processor. They run on the threads of torch's own OpenMP, so that `torch.set_num_threads` governs them and no second
+pool competes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 # Sums may be reordered, but infinities stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -137,7 +138,9 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     with open("/proc/cpuinfo") as lines:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, processor]).encode()).hexdigest()[:20]
+    key = hashlib.sha256(
+        "\0".join([*(path.read_text() for path in SOURCES), *FLAGS, version, processor]).encode()
+    ).hexdigest()[:20]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_paged"
     try:
         base.mkdir(parents=True, exist_ok=True)
@@ -146,11 +149,10 @@ def _compiled(compiler: str) -> Path:
         target = Path(tempfile.mkdtemp(prefix="hf_paged-")) / f"native-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            steps = (
-                [*FLAGS, "-c", str(SOURCE), "-o", f"{folder}/native.o"],
-                # Linked without OpenMP: torch's runtime serves.
-                ["-shared", f"{folder}/native.o", "-lm", "-o", f"{folder}/native.so"],
-            )
+            units = {path: f"{folder}/{path.stem}.o" for path in SOURCES if path.suffix == ".c"}
+            steps = [[*FLAGS, "-c", str(path), "-o", unit] for path, unit in units.items()]
+            # Linked without OpenMP: torch's runtime serves.
+            steps.append(["-shared", *units.values(), "-lm", "-o", f"{folder}/native.so"])
             for arguments in steps:
                 subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=120)
             os.replace(f"{folder}/native.so", target)

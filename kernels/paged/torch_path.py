@@ -19,21 +19,20 @@ def paged_attention(
     query, key_pages, value_pages, rows: PagedRows, *, scale, window=None, softcap=None, sinks=None, fresh=None
 ) -> torch.Tensor:
     """See `hf_paged.kernels.paged_attention`."""
-    native = _native(query, key_pages, rows)
-    if native is not None and len(query) == rows.slots.shape[0]:
-        line_of, context = rows.derived("queries", lambda: _queries(rows))
+    native, n = _native(query, key_pages, rows), rows.num_decodes
+    if native is not None:
+        table, (line_of, context) = rows.page_table, rows.derived("queries", lambda: _queries(rows))
         # Few slots a query: one pass over pages beats setting up dense products a row. Long contexts take the products.
-        if context.max() <= ONE_BY_ONE or len(query) == rows.num_decodes:
-            table = rows.page_table
-            return native.attention(
-                query, key_pages, value_pages, table, line_of, context, scale, window, softcap, sinks
-            )
-    n = rows.num_decodes
-    if n == query.shape[0]:
-        return _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
+        n = len(query) if context.max() <= ONE_BY_ONE else n
+        at = table, line_of[:n], context[:n]
+        first = native.attention(query[:n], key_pages, value_pages, *at, scale, window, softcap, sinks) if n else None
+    else:
+        first = _decode(query[:n], key_pages, value_pages, rows, scale, window, softcap, sinks) if n else None
+    if n == len(query):
+        return first
     out = query.new_empty(*query.shape[:2], value_pages.shape[-1])
     if n:
-        out[:n] = _decode(query[:n], key_pages, value_pages, rows, scale, window, softcap, sinks)
+        out[:n] = first
     start = n
     for row in range(n, len(rows.query_lens)):
         end = start + int(rows.query_lens[row])
@@ -62,10 +61,6 @@ def _queries(rows: PagedRows) -> tuple[np.ndarray, np.ndarray]:
 
 def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) -> torch.Tensor:
     """One query a row: products are batched over pages, the softmax over rows. `[rows, heads, value_dim]`."""
-    n = rows.num_decodes
-    if native := _native(query, key_pages, rows):
-        table, line_of, context = rows.page_table, np.arange(n), rows.context_lens[:n]
-        return native.attention(query, key_pages, value_pages, table, line_of, context, scale, window, softcap, sinks)
     if query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32 and is_supported():
         return sparse_decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks)
     index: DecodeIndex = rows.derived(("decode", window), lambda: build_decode_index(rows, window, query.device))

@@ -1,29 +1,7 @@
-/* CPU ops in float32, for `native.py`, which compiles this file on the machine that runs it.
+/* Attention over pages in float32, for `native.py`, which compiles this on the machine that runs it.
  * Layout of pages: [num_pages, kv_heads, page_size, dim]. */
-#include <math.h>
-#include <stdint.h>
+#include "lanes.h"
 #include <stdlib.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* Sixteen floats anywhere in memory; compilers split them where registers are narrower. */
-typedef float lanes __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(64)));
-
-/* Lanes of a where `mask` is set, else of b. (C has no ?: over vectors.) */
-INLINE lanes choose(ints mask, lanes a, lanes b) { return (lanes)(((ints)a & mask) | ((ints)b & ~mask)); }
-
-INLINE float total(lanes x) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += x[i];
-    return sum;
-}
-
-INLINE float largest(lanes x) {
-    float top = x[0];
-    for (int i = 1; i < 16; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
 
 /* Lanes of a where `lane & bit` is 0, else of b, each plus the lane of its partner across `bit`. */
 #define FOLD(a, b, bit) (PICK(a, b, 0, bit) + PICK(a, b, bit, bit))
@@ -133,25 +111,6 @@ INLINE void sum_values(float *out, const float *weights, int64_t stride, span va
     }
 }
 
-/* e^x for x <= 0, to about 2 units in the last place, sixteen at a time (Cephes' expf polynomial). */
-INLINE lanes exp_of_negative(lanes x) {
-    x = choose(x < -87.0f, (lanes){0} - 87.0f, x);
-    const ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
-    const lanes r = x - __builtin_convertvector(n, lanes) * 0.693147181f;
-    lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (lanes)((n + 127) << 23);
-}
-
-INLINE lanes silu(lanes x) {
-    const lanes e = exp_of_negative(choose(x < 0, x, -x)); /* e^-|x| */
-    return x * choose(x < 0, e, (lanes){0} + 1.0f) / (1.0f + e);
-}
-
 /* Softmax over scores[0, n), after `softcap` (0: none); a sink, if any, takes its share of the sum. Writes up to the next
  * multiple of 16. */
 static void softmax(float *scores, int64_t n, float softcap, const float *sink) {
@@ -233,54 +192,4 @@ int decode_attention(float *out, const float *query, int64_t query_line, const f
         free(scores);
     }
     return failed;
-}
-
-/* out[t, :] = x[t, :] / rms(x[t, :]) * weight, over lines of `width`. */
-void rms_norm(float *out, const float *x, const float *weight, float eps, int64_t lines, int64_t width) {
-#pragma omp parallel for schedule(static) if (lines * width > 16384)
-    for (int64_t t = 0; t < lines; t++) {
-        const float *in = x + t * width;
-        float sum = 0;
-        for (int64_t i = 0; i < width; i++) sum += in[i] * in[i];
-        const float scale = 1 / sqrtf(sum / width + eps);
-        for (int64_t i = 0; i < width; i++) out[t * width + i] = in[i] * scale * weight[i];
-    }
-}
-
-static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
-    const int64_t half = dim / 2;
-    for (int64_t i = 0; i < half; i++) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a * cos[i] - b * sin[i];
-        x[i + half] = b * cos[i + half] + a * sin[i + half];
-    }
-}
-
-/* Rotates query [tokens, heads, dim] and key [tokens, kv_heads, dim] in place (cos, sin: [tokens, dim]), and stores key
- * and value [tokens, kv_heads, dim] in their slots. Tokens lie query_line, key_line and value_line floats apart. */
-void rotate_and_store(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys,
-                      float *values, const int64_t *slots, int64_t query_line, int64_t key_line, int64_t value_line,
-                      int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page) {
-#pragma omp parallel for schedule(static) if (tokens * (heads + kv_heads) * dim > 16384)
-    for (int64_t t = 0; t < tokens; t++) {
-        for (int64_t h = 0; h < heads; h++) rotate(query + t * query_line + h * dim, cos + t * dim, sin + t * dim, dim);
-        for (int64_t h = 0; h < kv_heads; h++) {
-            float *k = key + t * key_line + h * dim;
-            const float *v = value + t * value_line + h * dim;
-            const int64_t line = ((slots[t] / page * kv_heads + h) * page + slots[t] % page) * dim;
-            rotate(k, cos + t * dim, sin + t * dim, dim);
-            for (int64_t i = 0; i < dim; i++) keys[line + i] = k[i], values[line + i] = v[i];
-        }
-    }
-}
-
-/* out[t, i] = silu(x[t, i]) * x[t, width + i] for x [lines, 2 * width]. */
-void silu_mul(float *out, const float *x, int64_t lines, int64_t width) {
-#pragma omp parallel for schedule(static) if (lines * width > 8192)
-    for (int64_t t = 0; t < lines; t++) {
-        const float *gate = x + t * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i + 16 <= width; i += 16)
-            *(lanes *)(out + t * width + i) = silu(*(const lanes *)(gate + i)) * *(const lanes *)(up + i);
-        for (int64_t i = width / 16 * 16; i < width; i++) out[t * width + i] = silu((lanes){0} + gate[i])[0] * up[i];
-    }
 }

@@ -1,0 +1,57 @@
+/* What stands between the products of a forward, in float32, for `native.py`. */
+#include "lanes.h"
+
+/* out[t, :] = x[t, :] / rms(x[t, :]) * weight, over lines of `width`. */
+void rms_norm(float *out, const float *x, const float *weight, float eps, int64_t lines, int64_t width) {
+#pragma omp parallel for schedule(static) if (lines * width > 16384)
+    for (int64_t t = 0; t < lines; t++) {
+        const float *in = x + t * width;
+        float sum = 0;
+        for (int64_t i = 0; i < width; i++) sum += in[i] * in[i];
+        const float scale = 1 / sqrtf(sum / width + eps);
+        for (int64_t i = 0; i < width; i++) out[t * width + i] = in[i] * scale * weight[i];
+    }
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+/* Rotates query [tokens, heads, dim] and key [tokens, kv_heads, dim] in place (cos, sin: [tokens, dim]), and stores key
+ * and value [tokens, kv_heads, dim] in their slots. Tokens lie query_line, key_line and value_line floats apart. */
+void rotate_and_store(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys,
+                      float *values, const int64_t *slots, int64_t query_line, int64_t key_line, int64_t value_line,
+                      int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page) {
+#pragma omp parallel for schedule(static) if (tokens * (heads + kv_heads) * dim > 16384)
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t h = 0; h < heads; h++) rotate(query + t * query_line + h * dim, cos + t * dim, sin + t * dim, dim);
+        for (int64_t h = 0; h < kv_heads; h++) {
+            float *k = key + t * key_line + h * dim;
+            const float *v = value + t * value_line + h * dim;
+            const int64_t line = ((slots[t] / page * kv_heads + h) * page + slots[t] % page) * dim;
+            rotate(k, cos + t * dim, sin + t * dim, dim);
+            for (int64_t i = 0; i < dim; i++) keys[line + i] = k[i], values[line + i] = v[i];
+        }
+    }
+}
+
+INLINE lanes silu(lanes x) {
+    const lanes e = exp_of_negative(choose(x < 0, x, -x)); /* e^-|x| */
+    return x * choose(x < 0, e, (lanes){0} + 1.0f) / (1.0f + e);
+}
+
+/* out[t, i] = silu(x[t, i]) * x[t, width + i] for x [lines, 2 * width]. */
+void silu_mul(float *out, const float *x, int64_t lines, int64_t width) {
+#pragma omp parallel for schedule(static) if (lines * width > 8192)
+    for (int64_t t = 0; t < lines; t++) {
+        const float *gate = x + t * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i + 16 <= width; i += 16)
+            *(lanes *)(out + t * width + i) = silu(*(const lanes *)(gate + i)) * *(const lanes *)(up + i);
+        for (int64_t i = width / 16 * 16; i < width; i++) out[t * width + i] = silu((lanes){0} + gate[i])[0] * up[i];
+    }
+}
