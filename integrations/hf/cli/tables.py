@@ -96,6 +96,6 @@ def show_memory(report: dict[str, Any]) -> None:
         ["KV that live tokens needed at the peak", megabytes["kv_live_peak_bytes"]],
         ["KV pages in use at the peak", megabytes["kv_peak_bytes"]],
         ["KV waste", percent(report["kv_waste"])],
-        ["1.3 × live KV + 100 MB", f"{megabytes['limit_bytes']}: {'kept' if report['within_limit'] else 'passed'}"],
+        ["1.3 × live KV + 100 MB", f"{megabytes['limit_bytes']}: {'kept' if report['within_limit'] else 'exceeded'}"],
     ]
     table(f"Memory, {report['requests']} requests, {report['dtype']}", ["what", ""], rows)
