@@ -35,7 +35,8 @@ class EngineConfig:
         max_sequences: sequences that run at the same time.
         seed: from which the seeds of requests without one derive. Default: drawn from torch's global generator, so that
             `torch.manual_seed` makes runs repeatable.
-        prefix_caching: share prefixes across requests. Not available yet: only False is taken.
+        prefix_caching: keep the KV of prompts and answers, for requests that begin with the same tokens, until its
+            pages are needed.
         backend: `auto`, `torch` or `triton` for the attention ops. Only the torch ops exist yet.
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
@@ -47,7 +48,7 @@ class EngineConfig:
     max_batch_tokens: int | None = None
     max_sequences: int = 128
     seed: int | None = None
-    prefix_caching: bool = False
+    prefix_caching: bool = True
     backend: str = "auto"
     check: bool = False
 
@@ -67,7 +68,6 @@ class EngineConfig:
         require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
         for name in ("prefix_caching", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        require(not self.prefix_caching, "prefix_caching", True, "prefixes are not shared across requests yet: False")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         require(self.backend != "triton", "backend", "triton", "the Triton kernels do not exist yet: auto or torch")
 
@@ -96,6 +96,7 @@ class CoreSettings:
     eos_ids: tuple[int, ...] = ()
     check: bool = False
     backend: str = "auto"
+    prefix_caching: bool = False
 
 
 def available_memory() -> int:

@@ -23,6 +23,7 @@ from hf_paged.sampling import SampleResult, sample
 from hf_paged.scheduler import Decision, Limits, decide
 from hf_paged.stats import EngineStats, Recorder
 from hf_paged.store import KVStore
+from hf_paged.supply import Supply
 from hf_paged.text import Decode
 
 Forward = Callable[[StepPlan], torch.Tensor]
@@ -60,7 +61,8 @@ class EngineCore:
     ) -> None:
         self.forward, self.store, self.settings = forward, store, settings
         self.decode, self.encode, self.device = decode, encode, device
-        self.memory = Memory(store.num_pages, store.page_size)
+        self.memory = Memory(store.num_pages, store.page_size, settings.prefix_caching)
+        self.supply = Supply(self.memory)
         self.capacity = Capacity(settings.max_model_len, store.num_pages, store.page_size, settings.vocab_size)
         self.recorder = Recorder(store.bytes_per_page, store.page_size)
         self.roster = Roster(self.memory, store)
@@ -117,7 +119,8 @@ class EngineCore:
         metrics = RequestMetrics(time.perf_counter())
         request = Request(name, self._submitted, prompt, ids, params, max_tokens, metrics)
         words = bad_word_ids(params.bad_words, self.encode)
-        request.add_rows(seed, hooks, self.settings.eos_ids, words)
+        shared = self.memory.prefixes is not None and params.prefix_caching is not False
+        request.add_rows(seed, hooks, self.settings.eos_ids, words, shared)
         self._submitted += 1
         self.roster.add(request)
         return request
@@ -160,7 +163,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Counters since the start or the last `recorder.reset()`."""
-        return self.recorder.stats(self.memory.pool.free, self.memory.pool.num_pages)
+        return self.recorder.stats(self.memory.available, self.memory.pool.num_pages)
 
     def check(self) -> None:
         """Verify the laws of memory, and that every sequence belongs to a running row."""
@@ -170,9 +173,8 @@ class EngineCore:
 
     def _decide(self) -> Decision:
         settings, memory = self.settings, self.memory
-        limits = Limits(settings.max_batch_tokens, settings.max_sequences, memory.pool.free, memory.page_size)
-        roster = self.roster
-        return decide(roster.running, roster.waiting(), limits, lambda row, n: memory.needed(row.sequence, n))
+        limits = Limits(settings.max_batch_tokens, settings.max_sequences, memory.available, memory.page_size)
+        return decide(self.roster.running, self.roster.waiting(), limits, self.supply)
 
     def _apply(self, decision: Decision) -> None:
         for row in decision.preempted:
@@ -187,7 +189,7 @@ class EngineCore:
         """Pages for the work. Forks share pages, so `decide` had estimates: a row that gets none sits this step out."""
         copies, rows = [], []
         for work in decision.work:
-            row, count = work.row, work.count
+            row, count = work.row, min(work.count, work.row.sequence.pending)
             try:
                 if work.pages:
                     copies += self.memory.reserve(row.sequence, count)
@@ -214,7 +216,7 @@ class EngineCore:
         for planned in work:
             self.memory.commit(planned.sequence, planned.count)
         memory = self.memory
-        self.recorder.memory(len(self.roster.running), memory.pool.used, memory.live_tokens)
+        self.recorder.memory(len(self.roster.running), memory.pool.held, memory.live_tokens)
         for row in drawing:  # all rows of a request share its prompt before any of them can end
             if row.sequence is None:
                 self.roster.branch(row)

@@ -7,9 +7,11 @@ SOSP 2023. Nothing here touches a tensor: a copy of a page is a value that the c
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from hf_paged.pages import OutOfPages, PagePool
+from hf_paged.prefix_cache import Found, PrefixCache
 from hf_paged.sequence import Sequence
 
 
@@ -27,11 +29,16 @@ class Memory:
     Args:
         num_pages: pages in the pool.
         page_size: tokens a page.
+        prefix_caching: keep pages after their sequences, for others that begin with the same tokens.
+
+    Attributes:
+        prefixes: what is kept, or None.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = False) -> None:
         self.pool = PagePool(num_pages)
         self.page_size = page_size
+        self.prefixes = PrefixCache(self.pool, page_size) if prefix_caching else None
         self._sequences: set[Sequence] = set()
 
     def pages_for(self, tokens: int) -> int:
@@ -44,20 +51,54 @@ class Memory:
         return self._sequences
 
     @property
+    def available(self) -> int:
+        """Pages that sequences can have now: free ones, and those that only the prefix cache holds."""
+        return self.pool.free + self.pool.idle
+
+    @property
     def live_tokens(self) -> int:
-        """Slots that hold a token's KV (those of a page that forks share count once)."""
-        if not self.pool.shared:
-            return sum(s.computed for s in self._sequences)
+        """Slots that hold a token's KV for a sequence (those of a page that several share count once)."""
+        pool, size = self.pool, self.page_size
+        live = pool.held * size
+        for s in self._sequences:  # all pages of a sequence are full but the last ones
+            empty = len(s.pages) * size - s.computed
+            if empty:
+                if empty >= size or pool.sequences(s.pages[-1]) > 1:
+                    return self._count_live()
+                live -= empty
+        return live
+
+    def _count_live(self) -> int:
         filled: Counter[int] = Counter()
         for s in self._sequences:
             for i, page in enumerate(s.pages):
                 filled[page] = max(filled[page], min(max(s.computed - i * self.page_size, 0), self.page_size))
         return filled.total()
 
-    def open(self, tokens: list[int]) -> Sequence:
-        """A sequence over `tokens` (kept, not copied) that holds no page yet."""
+    def find(self, tokens: list[int], salt: Hashable = None) -> Found | None:
+        """What a sequence over `tokens` would find in the prefix cache; None without one. Changes nothing."""
+        return self.prefixes.find(tokens, salt) if self.prefixes is not None else None
+
+    def open(
+        self, tokens: list[int], shared: bool = False, salt: Hashable = None, found: Found | None = None
+    ) -> Sequence:
+        """A sequence over `tokens` (kept, not copied) that holds no page yet, but those that it shares.
+
+        Args:
+            shared: whether its pages may serve others that begin with the same tokens and have the same `salt`.
+            found: what `find` says of it now: it begins with these pages.
+        """
         sequence = Sequence(tokens)
         self._sequences.add(sequence)
+        if shared and self.prefixes is not None:
+            sequence.shared, sequence.salt = True, salt
+            if found is not None:
+                sequence.pages = list(found.pages)
+                for page in found.pages:
+                    self.pool.share(page)
+                sequence.computed, sequence.found = found.length, found.node.depth
+            behind = found.node if sequence.found else self.prefixes.tree.root(salt)
+            self.prefixes.enter(sequence, behind)
         return sequence
 
     def needed(self, sequence: Sequence, count: int) -> int:
@@ -96,7 +137,7 @@ class Memory:
         fresh = max(self.pages_for(start + count) - len(sequence.pages), 0)
         if not fresh and not shared:
             return []
-        taken = self.pool.take(fresh + len(shared))
+        taken = self._take(fresh + len(shared))
         copies = []
         for index, page in zip(shared, taken, strict=False):
             source = sequence.pages[index]
@@ -107,6 +148,13 @@ class Memory:
         sequence.pages.extend(taken[len(shared) :])
         return copies
 
+    def _take(self, n: int) -> list[int]:
+        """Pages from the pool; the prefix cache makes room where that is enough."""
+        missing = n - self.pool.free
+        if 0 < missing <= self.pool.idle:
+            self.prefixes.evict(missing)
+        return self.pool.take(n)
+
     def commit(self, sequence: Sequence, count: int) -> None:
         """Note that KV of the next `count` tokens is stored."""
         end = sequence.computed + count
@@ -116,6 +164,8 @@ class Memory:
                 f"computed, {len(sequence.pages)} pages of {self.page_size} are reserved"
             )
         sequence.computed = end
+        if sequence.node is not None:
+            self.prefixes.extend(sequence)
 
     def rollback(self, sequence: Sequence, length: int) -> None:
         """Forget stored KV from token `length` on and release the pages behind it. Copies nothing."""
@@ -123,6 +173,8 @@ class Memory:
         if not 0 <= length <= sequence.computed:
             raise ValueError(f"length={length} is not allowed: 0 to {sequence.computed}")
         sequence.computed = length
+        if sequence.node is not None:
+            self.prefixes.step_back(sequence)
         keep = self.pages_for(length)
         for page in reversed(sequence.pages[keep:]):
             self.pool.release(page)
@@ -142,14 +194,24 @@ class Memory:
         for page in child.pages:
             self.pool.share(page)
         child.computed = sequence.computed
+        if sequence.node is not None:
+            child.shared, child.salt, child.found = True, sequence.salt, sequence.node.depth
+            self.prefixes.enter(child, sequence.node)
         return child
 
-    def close(self, sequence: Sequence) -> list[int]:
+    def close(self, sequence: Sequence, keep: bool = True) -> list[int]:
         """Release all pages. Closing twice is allowed.
 
+        Args:
+            keep: whether its KV is good: the prefix cache may keep it, or must forget what this sequence computed.
         Returns:
             the pages that are free now.
         """
+        if sequence.node is not None:
+            if keep:
+                self.prefixes.end(sequence)
+            else:
+                self.prefixes.discard(sequence)
         pages, sequence.pages = sequence.pages, []
         sequence.computed, sequence.open = 0, False
         self._sequences.discard(sequence)
@@ -162,11 +224,20 @@ class Memory:
         self._sequences = {s for s in sequences if s is not None and s.open}
         for s in self._sequences:
             s.computed = min(s.computed, len(s.pages) * self.page_size)
-        self.pool.rebuild(Counter(page for s in self._sequences for page in s.pages))
+        kept = []
+        if self.prefixes is not None:
+            self.prefixes.repair(self._sequences)
+            kept = [node.page for node in self.prefixes.tree]
+        self.pool.rebuild(Counter(page for s in self._sequences for page in s.pages), kept)
+
+    def forget(self) -> None:
+        """Empty the prefix cache. What open sequences have computed will not be shared either."""
+        if self.prefixes is not None:
+            self.prefixes.forget()
 
     def waste(self) -> float:
-        """Share of the slots of pages in use that hold no live token, 0 to 1."""
-        total = self.pool.used * self.page_size
+        """Share of the slots of sequences' pages that hold no live token, 0 to 1."""
+        total = self.pool.held * self.page_size
         return 1 - self.live_tokens / total if total else 0.0
 
     def check(self) -> None:
@@ -176,7 +247,11 @@ class Memory:
             AssertionError: one does not hold.
         """
         holders = Counter(page for s in self._sequences for page in s.pages)
-        self.pool.check(dict(holders))
+        kept = []
+        if self.prefixes is not None:
+            self.prefixes.check(self._sequences)
+            kept = [node.page for node in self.prefixes.tree]
+        self.pool.check(dict(holders), kept)
         for s in self._sequences:
             if not s.open:
                 raise AssertionError("a closed sequence is still known")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heappop, heappush
 
 
@@ -14,7 +15,7 @@ class OutOfPages(Exception):
 
 
 class PagePool:
-    """Hands out pages 1 to `num_pages`, lowest first, and counts their holders.
+    """Hands out pages 1 to `num_pages`, lowest first, and counts their holders: sequences, and a cache of prefixes.
 
     Page 0 is never handed out: writes that must go nowhere go there. Lowest first keeps the pages in use close
     together, so that memory which was never needed is never touched, and attention can read one dense span.
@@ -29,28 +30,34 @@ class PagePool:
         self.num_pages = num_pages
         self._freed: list[int] = []
         self._fresh = 1  # the lowest page that was never handed out
-        self._count: dict[int, int] = {}
-        self._shared = 0
+        self._count: dict[int, int] = {}  # sequences that hold a page
+        self._kept: set[int] = set()  # pages that the cache holds
+        self._idle = 0
 
     @property
     def free(self) -> int:
-        """Pages that can be handed out now."""
-        return self.num_pages - len(self._count)
+        """Pages without a holder."""
+        return self.num_pages - self.used
+
+    @property
+    def idle(self) -> int:
+        """Pages that only the cache holds: it gives them up when they are needed."""
+        return self._idle
+
+    @property
+    def held(self) -> int:
+        """Pages that sequences hold."""
+        return len(self._count)
 
     @property
     def used(self) -> int:
         """Pages that have a holder."""
-        return len(self._count)
+        return len(self._count) + self._idle
 
     @property
     def highest(self) -> int:
         """The highest page that was ever handed out (0: none)."""
         return self._fresh - 1
-
-    @property
-    def shared(self) -> int:
-        """Pages that have several holders."""
-        return self._shared
 
     def freed(self) -> list[int]:
         """Free pages that were handed out before."""
@@ -58,6 +65,10 @@ class PagePool:
 
     def count(self, page: int) -> int:
         """Holders of `page` (0: free)."""
+        return self._count.get(page, 0) + (page in self._kept)
+
+    def sequences(self, page: int) -> int:
+        """Sequences that hold `page`."""
         return self._count.get(page, 0)
 
     def take(self, n: int) -> list[int]:
@@ -80,43 +91,71 @@ class PagePool:
         return pages
 
     def share(self, page: int) -> None:
-        """Add a holder to a page that has one."""
-        if page not in self._count:
-            raise ValueError(f"page {page} is free: it cannot be shared")
-        self._shared += self._count[page] == 1
-        self._count[page] += 1
+        """Add a sequence to the holders of a page that has one."""
+        count = self._count.get(page, 0)
+        if not count:
+            if page not in self._kept:
+                raise ValueError(f"page {page} is free: it cannot be shared")
+            self._idle -= 1
+        self._count[page] = count + 1
 
     def release(self, page: int) -> None:
-        """Take a holder from a page; without holders it is free."""
+        """Take a sequence from a page's holders; without holders it is free."""
         count = self._count.get(page, 0)
         if count == 0:
-            raise ValueError(f"page {page} is free: it cannot be released")
+            raise ValueError(f"page {page} is free or idle: it cannot be released")
         if count > 1:
             self._count[page] = count - 1
-            self._shared -= count == 2
             return
         del self._count[page]
-        heappush(self._freed, page)
+        if page in self._kept:
+            self._idle += 1
+        else:
+            heappush(self._freed, page)
 
-    def rebuild(self, holders: dict[int, int]) -> None:
-        """Set the counts anew from `holders` (page → number of holders), after an interrupt at an unknown place."""
-        self._count = dict(holders)
-        self._shared = sum(count > 1 for count in holders.values())
-        self._fresh = max(self._fresh, max(holders, default=0) + 1)
-        self._freed = [page for page in range(1, self._fresh) if page not in holders]
+    def keep(self, page: int) -> None:
+        """The cache holds a page that a sequence holds (and perhaps it did already)."""
+        if page not in self._count:
+            raise ValueError(f"no sequence holds page {page}: it cannot be kept")
+        self._kept.add(page)
 
-    def check(self, holders: dict[int, int]) -> None:
-        """Compare the counts with `holders` (page → number of holders, counted anew by the caller).
+    def drop(self, page: int) -> None:
+        """The cache gives a page up; without other holders it is free."""
+        if page not in self._kept:
+            raise ValueError(f"page {page} is not kept: it cannot be dropped")
+        self._kept.discard(page)
+        if page not in self._count:
+            self._idle -= 1
+            heappush(self._freed, page)
+
+    def rebuild(self, holders: dict[int, int], kept: Iterable[int] = ()) -> None:
+        """Set the counts anew, after an interrupt at an unknown place.
+
+        Args:
+            holders: page → number of sequences that hold it.
+            kept: pages that the cache holds.
+        """
+        self._count, self._kept = dict(holders), set(kept)
+        used = self._count.keys() | self._kept
+        self._idle = len(used) - len(self._count)
+        self._fresh = max(self._fresh, max(used, default=0) + 1)
+        self._freed = [page for page in range(1, self._fresh) if page not in used]
+
+    def check(self, holders: dict[int, int], kept: Iterable[int] = ()) -> None:
+        """Compare the counts with `holders` (page → number of sequences) and `kept`, counted anew by the caller.
 
         Raises:
             AssertionError: a law does not hold.
         """
         if holders != self._count:
             raise AssertionError(f"page counts {self._count} differ from holders {holders}")
-        if self._shared != sum(count > 1 for count in holders.values()):
-            raise AssertionError(f"{self._shared} pages are counted as shared")
-        known = set(self._count) | set(self._freed)
-        if 0 in known or len(known) != len(self._count) + len(self._freed) or known != set(range(1, self._fresh)):
+        if set(kept) != self._kept:
+            raise AssertionError(f"pages {self._kept ^ set(kept)} are kept by the pool or by the cache alone")
+        used = self._count.keys() | self._kept
+        if self._idle != len(used) - len(self._count):
+            raise AssertionError(f"{self._idle} pages are counted as idle")
+        known = used | set(self._freed)
+        if 0 in known or len(known) != len(used) + len(self._freed) or known != set(range(1, self._fresh)):
             raise AssertionError(f"free and used pages do not make up 1..{self._fresh - 1}")
         if self._fresh > self.num_pages + 1:
             raise AssertionError(f"page {self._fresh - 1} was handed out of {self.num_pages}")

@@ -32,6 +32,8 @@ class SamplingParams:
     logit_bias: token id -> number added to its logit (-inf forbids it). bad_words: strings not to generate.
     logits_processors: callables (input_ids [1, L] int64, scores [1, V] float32) -> scores [1, V], as
         transformers' LogitsProcessor; called a row at a time. priority: a smaller number is served earlier.
+    prefix_caching: share KV with requests that begin with the same tokens (None: as the engine does; False: neither
+        use nor leave any). cache_salt: share with requests of the same salt only, a string or None.
 
     What is given for `stop`, `stop_token_ids`, `bad_words` and `logits_processors` is kept as a tuple.
     """
@@ -57,6 +59,8 @@ class SamplingParams:
     bad_words: str | Iterable[str] | None = ()
     logits_processors: Iterable[Callable[..., Any]] | None = ()
     priority: float = 0.0
+    prefix_caching: bool | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -158,6 +162,10 @@ def _check_numbers(p: SamplingParams) -> None:
             _refuse(name, value, words)
     if not isinstance(p.ignore_eos, bool):
         _refuse("ignore_eos", p.ignore_eos, "True or False")
+    if not isinstance(p.prefix_caching, bool | None):
+        _refuse("prefix_caching", p.prefix_caching, "True, False or None")
+    if not isinstance(p.cache_salt, str | None) or p.cache_salt == "":
+        _refuse("cache_salt", p.cache_salt, "None or a string that is not empty")
 
 
 def _check_sequences(p: SamplingParams) -> None:

@@ -2,8 +2,8 @@
 
 After Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs" (RadixAttention), NeurIPS 2024;
 here a node is one page, so that nothing is ever split: a match may end inside a page, which the caller copies before it
-writes. Tokens are compared, not hashed: there are no collisions. On one core of 2025 and with pages of 16 tokens, a token
-is inserted in 0.1 to 1 microsecond and matched in 0.03 to 0.3; a node takes about 460 bytes.
+writes. Tokens are compared, not hashed: there are no collisions. On one core of 2025 and with pages of 16 tokens, a
+token is inserted in 0.1 to 1 microsecond and matched in 0.03 to 0.3; a node takes about 460 bytes.
 
 The tree knows neither pool nor store. It says which pages it took and which it let go; who owns it counts holders.
 """
@@ -11,30 +11,46 @@ The tree knows neither pool nor store. It says which pages it took and which it 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 # Entries of the eviction heap that may be out of date, over the number of nodes, before it is made anew.
 STALE = 4
+# Roots before those under which nothing hangs are looked for.
+SALTS = 64
 
 
 class Node:
     """KV of up to a page of tokens behind those of its ancestors.
 
     Attributes:
-        tokens: 1 to `page_size` token ids; fewer than `page_size` only in a leaf.
+        tokens: 1 to `page_size` token ids; fewer than `page_size` only in a leaf. A root has none.
         page: where their KV is.
+        depth: pages from the root to this one, itself included.
         keys, children: tokens of its children, in order, and the children.
-        used: the tree's clock when it was last matched or inserted; never later than its parent's.
+        used: the tree's clock when a match or an insertion last ended here, or below on a node that is gone.
+        gone: whether the tree has let go of it.
+        tails: whatever its owner hangs here (running sequences whose next page begins behind this one), or None.
     """
 
-    __slots__ = ("tokens", "page", "parent", "keys", "children", "used")
+    __slots__ = ("tokens", "page", "parent", "depth", "keys", "children", "used", "gone", "tails")
 
     def __init__(self, tokens: tuple[int, ...], page: int, parent: Node | None, used: int) -> None:
         self.tokens, self.page, self.parent, self.used = tokens, page, parent, used
+        self.depth = parent.depth + 1 if parent is not None else 0
         self.keys: list[tuple[int, ...]] = []
         self.children: list[Node] = []
+        self.gone = False
+        self.tails: set | None = None
+
+    def path(self) -> list[Node]:
+        """From the root's child down to this node."""
+        nodes, node = [], self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
 
 
 @dataclass(frozen=True)
@@ -44,12 +60,14 @@ class Match:
     Attributes:
         length: tokens known.
         pages: pages that hold them; the last may hold more tokens than are shared.
-        nodes: their nodes, for `RadixTree.touch`.
+        node: the last node all of whose page is shared; a root where there is none.
+        last: the node of the last page.
     """
 
-    length: int = 0
-    pages: list[int] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list, repr=False)
+    length: int
+    pages: list[int]
+    node: Node = field(repr=False, compare=False)
+    last: Node = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Inserted:
 
 
 class RadixTree:
-    """Prefixes whose KV is stored.
+    """Prefixes whose KV is stored, under one root for each salt: what stands under one is unknown to the others.
 
     Args:
         page_size: tokens a page.
@@ -77,103 +95,144 @@ class RadixTree:
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.nodes = self.tokens = 0
-        self._root = Node((), 0, None, 0)
+        self._roots: dict[Hashable, Node] = {}
+        self._sweep_at = SALTS
         self._clock = 0
         self._heap: list[tuple[int, int, Node]] = []  # leaves by last use; entries may be out of date
         self._pushed = 0
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def root(self, salt: Hashable = None) -> Node:
+        """The node above all prefixes of a salt."""
+        root = self._roots.get(salt)
+        if root is None:
+            if len(self._roots) >= self._sweep_at:  # salts that are used no more
+                self._roots = {name: root for name, root in self._roots.items() if root.children or root.tails}
+                self._sweep_at = 2 * len(self._roots) + SALTS
+            root = self._roots[salt] = Node((), 0, None, 0)
+        return root
+
+    def match(self, tokens: Sequence[int], salt: Hashable = None) -> Match:
         """The longest known prefix of `tokens`, at most all but the last, whose logits must be computed.
 
         Changes nothing.
         """
-        node, size, limit = self._root, self.page_size, len(tokens) - 1
+        node, size, limit = self.root(salt), self.page_size, len(tokens) - 1
         pages: list[int] = []
-        nodes: list[Node] = []
-        length = 0
+        last, length = node, 0
         while length < limit:
             wanted = tuple(tokens[length : min(length + size, limit)])
             child, common = _nearest(node, wanted)
             if not common:
                 break
             pages.append(child.page)
-            nodes.append(child)
+            last = child
             length += common
             if common < size:
                 break
             node = child
-        return Match(length, pages, nodes)
+        return Match(length, pages, node, last)
 
-    def touch(self, match: Match) -> None:
-        """Note that a match is used: its nodes are the last to be evicted."""
-        if match.nodes:
-            self._use(match.nodes[-1])
+    def touch(self, node: Node) -> None:
+        """Note that the prefix that ends at `node` is used: it is the last to be evicted."""
+        if node.parent is None:
+            return
+        self._clock += 1
+        node.used = self._clock
+        if not node.children:
+            self._push(node)
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> Inserted:
+    def extend(self, node: Node, tokens: tuple[int, ...], page: int) -> tuple[Node, int | None]:
+        """Add `page`, which holds the KV of `tokens` behind `node`, unless they are known.
+
+        Returns:
+            the node that has them, perhaps with another page and more tokens; and the page of a leaf that knew only the
+            first of them, if there was one: it is gone.
+        """
+        child, common = _nearest(node, tokens)
+        if common == len(tokens):
+            return child, None
+        dropped = None
+        if child is not None and common == len(child.tokens):
+            dropped = child.page
+            self._remove(child)
+        child = Node(tokens, page, node, self._clock)
+        at = bisect_left(node.keys, tokens)
+        node.keys.insert(at, tokens)
+        node.children.insert(at, child)
+        self.nodes += 1
+        self.tokens += len(tokens)
+        return child, dropped
+
+    def insert(self, tokens: Sequence[int], pages: Sequence[int], salt: Hashable = None) -> Inserted:
         """Add the KV of `tokens`, which lies on `pages`.
 
         Full pages become inner nodes; a last page that is not full becomes a leaf, unless more is known already.
         """
-        size, node = self.page_size, self._root
+        size = self.page_size
         if len(pages) != -(-len(tokens) // size):
             raise ValueError(f"{len(tokens)} tokens lie on {-(-len(tokens) // size)} pages, {len(pages)} were given")
         out = Inserted(list(pages), [], [])
+        node = self.root(salt)
         for index, page in enumerate(pages):
             part = tuple(tokens[index * size : (index + 1) * size])
-            child, common = _nearest(node, part)
-            if common == len(part):
-                if len(child.tokens) == common:
-                    out.pages[index] = child.page
-            else:
-                if child is not None and common == len(child.tokens):
-                    out.dropped.append(child.page)
-                    self._remove(child)
-                child = self._add(node, part, page)
+            node, dropped = self.extend(node, part, page)
+            if node.page == page:
                 out.taken.append(page)
-            node = child
-        if node is not self._root:
-            self._use(node)
+            elif len(node.tokens) == len(part):
+                out.pages[index] = node.page
+            if dropped is not None:
+                out.dropped.append(dropped)
+        self.touch(node)
         return out
 
-    def evict(self, count: int, free: Callable[[int], bool]) -> list[int]:
-        """Let go of up to `count` pages, least recently used leaves first, in O(log n) each.
+    def remove(self, node: Node) -> list[Node]:
+        """Let go of `node` and all below it. Returns them."""
+        gone, parent = list(_below([node])), node.parent
+        for each in reversed(gone):
+            self._remove(each)
+        if parent.parent is not None and not parent.children:
+            self._push(parent)
+        return gone
+
+    def evict(self, count: int, free: Callable[[int], bool]) -> list[Node]:
+        """Let go of up to `count` nodes, least recently used leaves first, in O(log n) each.
 
         Args:
             free: whether nobody else holds a page. Others are passed over, with all their ancestors.
         Returns:
-            the pages.
+            them. Their `parent` still says where each stood.
         """
-        pages: list[int] = []
+        gone: list[Node] = []
         held: list[Node] = []
-        while self._heap and len(pages) < count:
+        while self._heap and len(gone) < count:
             used, _, node = heappop(self._heap)
-            if node.parent is None or node.children or node.used != used:
+            if node.gone or node.children or node.used != used:
                 continue  # gone, no leaf, or used since: a later entry stands for it
             if not free(node.page):
                 held.append(node)
                 continue
             parent = node.parent
-            pages.append(node.page)
+            gone.append(node)
             self._remove(node)
-            if parent is not self._root and not parent.children:
+            if parent.parent is not None and not parent.children:
                 self._push(parent)
         for node in held:
             self._push(node)
-        return pages
+        return gone
 
-    def clear(self) -> list[int]:
-        """Forget everything. Returns the pages that were held."""
-        pages = [node.page for node in self]
+    def clear(self) -> list[Node]:
+        """Forget everything. Returns what was known."""
+        nodes = list(self)
         self.__init__(self.page_size)
-        return pages
+        return nodes
+
+    def roots(self) -> list[Node]:
+        """The root of every salt."""
+        return list(self._roots.values())
 
     def __iter__(self) -> Iterator[Node]:
-        """All nodes, parents before children."""
-        stack = list(self._root.children)
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children)
+        """All nodes but roots, parents before children."""
+        return _below([child for root in self._roots.values() for child in root.children])
 
     def check(self) -> None:
         """Verify the laws of the tree.
@@ -186,47 +245,28 @@ class RadixTree:
         queued = {(node, used) for used, _, node in self._heap}
         assert len(set(pages)) == len(pages), "a page stands at two nodes"
         assert (len(found), sum(len(node.tokens) for node in found)) == (self.nodes, self.tokens), "miscounted"
-        for node in [self._root, *found]:
-            assert node.keys == sorted(set(node.keys)) == [child.tokens for child in node.children], (
-                "children in disorder"
-            )
+        for node in [*self._roots.values(), *found]:
+            known = [child.tokens for child in node.children]
+            assert node.keys == sorted(set(node.keys)) == known, "children in disorder"
             for child in node.children:
-                assert child.parent is node, "a child has another parent"
-            if node is not self._root:
-                assert 1 <= len(node.tokens) <= self.page_size, f"a node of {len(node.tokens)} tokens"
-                assert len(node.tokens) == self.page_size or not node.children, (
-                    "children behind a page that is not full"
-                )
-                assert node.parent is self._root or node.used <= node.parent.used, "used after its parent"
-                assert node.children or (node, node.used) in queued, "a leaf cannot be evicted"
+                assert child.parent is node and child.depth == node.depth + 1, "a child has another parent"
+        for node in found:
+            assert 1 <= len(node.tokens) <= self.page_size, f"a node of {len(node.tokens)} tokens"
+            full = len(node.tokens) == self.page_size
+            assert full or not node.children, "children behind a page that is not full"
+            assert node.children or (node, node.used) in queued, "a leaf cannot be evicted"
 
     # -- inside
 
-    def _add(self, parent: Node, tokens: tuple[int, ...], page: int) -> Node:
-        node = Node(tokens, page, parent, self._clock)
-        at = bisect_left(parent.keys, tokens)
-        parent.keys.insert(at, tokens)
-        parent.children.insert(at, node)
-        self.nodes += 1
-        self.tokens += len(tokens)
-        return node
-
     def _remove(self, node: Node) -> None:
-        at = bisect_left(node.parent.keys, node.tokens)
-        del node.parent.keys[at], node.parent.children[at]
-        node.parent = None
+        parent = node.parent
+        at = bisect_left(parent.keys, node.tokens)
+        del parent.keys[at], parent.children[at]
+        # What was used below was used through its parent, which may now be the next to go.
+        parent.used = max(parent.used, node.used)
+        node.gone = True
         self.nodes -= 1
         self.tokens -= len(node.tokens)
-
-    def _use(self, node: Node) -> None:
-        """`node` and its ancestors were used now."""
-        self._clock += 1
-        leaf = node
-        while node is not self._root:
-            node.used = self._clock
-            node = node.parent
-        if not leaf.children:
-            self._push(leaf)
 
     def _push(self, leaf: Node) -> None:
         self._pushed += 1
@@ -234,6 +274,15 @@ class RadixTree:
         if len(self._heap) > STALE * self.nodes + 64:
             self._heap = [(n.used, i, n) for i, n in enumerate(self) if not n.children]
             heapify(self._heap)
+
+
+def _below(nodes: list[Node]) -> Iterator[Node]:
+    """`nodes` and all below them, parents before children."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children)
 
 
 def _nearest(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int]:

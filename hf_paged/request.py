@@ -45,6 +45,7 @@ class Row:
         sequence: its pages while it runs, None while it waits.
         finish_reason: None while it is not finished.
         text: decoded so far, where stop strings are looked for.
+        shared: whether its KV may be shared through the prefix cache.
         text_length: characters of the output's text before the stop string that ended it.
     """
 
@@ -53,6 +54,7 @@ class Row:
     tokens: list[int]
     sampling: SamplingRow
     hooks: RowHooks
+    shared: bool = False
     sequence: Sequence | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -61,6 +63,16 @@ class Row:
     logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it may begin with KV that others computed: not where its prompt's own logits are asked for."""
+        return self.shared and (self.request.params.prompt_logprobs is None or bool(self.index or self.output_ids))
+
+    @property
+    def salt(self) -> str | None:
+        """Who it shares KV with: rows of the same salt."""
+        return self.request.params.cache_salt
 
     @property
     def prompt_length(self) -> int:
@@ -132,6 +144,7 @@ class Request:
         hooks: Rows[RowHooks] | None,
         eos_ids: tuple[int, ...],
         bad_word_ids: tuple[tuple[int, ...], ...] = (),
+        shared: bool = False,
     ) -> None:
         """Make its `params.num_samples` rows; row `i` draws with `mix_seed(seed, i)`, row 0 with `seed` itself."""
         params, own = self.params, tuple((processor, False) for processor in self.params.logits_processors)
@@ -152,7 +165,7 @@ class Request:
                 keep_logits=hook.keep_logits,
                 keep_scores=hook.keep_scores,
             )
-            self.rows.append(Row(self, index, list(self.prompt_ids), sampling, hook))
+            self.rows.append(Row(self, index, list(self.prompt_ids), sampling, hook, shared))
 
     @property
     def finished(self) -> bool:

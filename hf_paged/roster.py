@@ -84,7 +84,8 @@ class Roster:
     def admit(self, row: Row, now: float) -> None:
         """A waiting row gets a sequence."""
         self._unwait(row)
-        row.sequence = self.memory.open(row.tokens)
+        found = self.memory.find(row.tokens, row.salt) if row.reuses else None
+        row.sequence = self.memory.open(row.tokens, row.shared, row.salt, found)
         self.running[row] = None
         if row.request.metrics.first_scheduled_time is None:
             row.request.metrics.first_scheduled_time = now
@@ -112,13 +113,27 @@ class Roster:
             self._report(row.request)
 
     def _release(self, row: Row) -> None:
-        """Take a row's pages. Zeros go where numbers may not be finite: only a row that finished well is known good."""
+        """Take a row's pages, of which the prefix cache keeps what is good.
+
+        Zeros go where numbers may not be finite. A row with a token is known to be good: its logits were.
+        """
         self.running.pop(row, None)
-        if row.sequence is not None:
-            freed = self.memory.close(row.sequence)
-            row.sequence = None
-            if row.finish_reason is None or row.request.error is not None:
+        sequence, row.sequence = row.sequence, None
+        if sequence is not None:
+            good = row.request.error is None
+            if good and not row.output_ids:
+                good = self.store.finite(sequence.pages)
+            freed = self.memory.close(sequence, keep=good)
+            if not good or row.finish_reason is None:
                 self.store.scrub(freed)
+
+    def forget(self) -> None:
+        """Empty the prefix cache; rows that run compute all their KV again."""
+        for row in self.running:
+            row.sequence.shared, row.sequence.found = False, 0
+        self.memory.forget()
+        for row in list(self.running):
+            self.preempt(row)
 
     def _wait(self, row: Row) -> None:
         insort(self._waiting, row, key=_last_first)

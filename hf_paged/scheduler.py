@@ -6,10 +6,16 @@ Continuous batching after Yu et al., "Orca", OSDI 2022; prompts in chunks beside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from hf_paged.request import Row
+from hf_paged.supply import InFlight, Prospect, Supply, longest_prefix_first
+
+# Waiting rows that are ranked among each other, and that are looked at in one step.
+WINDOW = 32
+MOST_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens of one step, rows at a time, pages free now, tokens a page."""
+    """Tokens of one step, rows at a time, pages that can be had now, tokens a page."""
 
     max_batch_tokens: int
     max_sequences: int
@@ -46,30 +52,29 @@ class Limits:
     page_size: int
 
 
-def decide(
-    running: Iterable[Row], waiting: Iterable[Row], limits: Limits, needed: Callable[[Row, int], int]
-) -> Decision:
+def decide(running: Iterable[Row], waiting: Iterable[Row], limits: Limits, supply: Supply) -> Decision:
     """Choose the next step.
 
     Rows that decode come before rows whose prompt is in the making, both in order of priority and arrival. Where pages
     run out, the row that goes last gives up its own. What budget remains goes to prompts in the making and then to
-    waiting rows, first come first served within a priority; a row is admitted when all its known tokens fit.
+    waiting rows, those first that find most of their tokens in the prefix cache; a row is admitted when all its known
+    tokens fit, and not while another computes what it could share.
 
     Args:
         running: rows with pages.
         waiting: rows without, in the order in which they should be admitted; read only as far as needed.
         limits: see `Limits`.
-        needed: pages that a running row must take from the pool to compute so many more tokens.
+        supply: what rows need of the pool, and find there.
     """
     ordered = sorted(running, key=lambda row: row.order)
-    grants = _Grants(ordered, limits)
+    grants = _Grants(ordered, limits, supply)
     for decoding in (True, False):
         for row in ordered:
             if (row.sequence.pending == 1) == decoding:
-                grants.give(row, needed)
+                grants.give(row)
     admitted = []
     if not grants.preempted:
-        admitted = _admit(waiting, limits, grants.free, grants.budget, len(grants.alive))
+        admitted = _admit(iter(waiting), limits, grants, supply)
     # Decodes first, longest first: attention serves neighbours of like length together.
     work = sorted(grants.work + admitted, key=lambda w: (w.count > 1, -len(w.row.tokens)))
     return Decision(tuple(work), tuple(w.row for w in admitted), tuple(grants.preempted))
@@ -78,18 +83,19 @@ def decide(
 class _Grants:
     """What running rows get in a step, and which of them give up their pages for it."""
 
-    def __init__(self, rows: Iterable[Row], limits: Limits) -> None:
+    def __init__(self, rows: Iterable[Row], limits: Limits, supply: Supply) -> None:
+        self.supply = supply
         self.alive = dict.fromkeys(rows)
         self.free, self.budget = limits.free_pages, limits.max_batch_tokens
         self.work: list[Work] = []
         self.preempted: list[Row] = []
 
-    def give(self, row: Row, needed: Callable[[Row, int], int]) -> None:
+    def give(self, row: Row) -> None:
         """Tokens of the budget and pages to `row`, unless it has lost its own."""
         if row not in self.alive or self.budget == 0:
             return
         count = min(row.sequence.pending, self.budget)
-        want = needed(row, count)
+        want = self.supply.needed(row, count)
         while want > self.free and row in self.alive:
             self._preempt_last()
         if row in self.alive:
@@ -100,29 +106,60 @@ class _Grants:
     def _preempt_last(self) -> None:
         victim, _ = self.alive.popitem()
         self.preempted.append(victim)
-        self.free += len(victim.sequence.pages)
+        self.free += self.supply.freed(victim)
         for work in [work for work in self.work if work.row is victim]:
             self.work.remove(work)
             self.free += work.pages
             self.budget += work.count
 
 
-def _admit(waiting: Iterable[Row], limits: Limits, free: int, budget: int, alive: int) -> list[Work]:
-    """Waiting rows that fit into what is left, in their order; the first that does not fit ends it."""
-    admitted: list[Work] = []
-    places = limits.max_sequences - alive
-    for row in waiting:
+def _admit(waiting: Iterable[Row], limits: Limits, grants: _Grants, supply: Supply) -> list[Work]:
+    """Waiting rows that fit into what is left; the first that does not fit ends it."""
+    plan = _Admission(limits, grants, supply)
+    while plan.open and (window := list(islice(waiting, WINDOW))):
+        prospects = [(row, supply.prospect(row)) for row in window]
+        for row, prospect in longest_prefix_first(prospects, plan.newest, limits.page_size):
+            if not plan.open or not plan.consider(row, prospect):
+                return plan.admitted
+    return plan.admitted
+
+
+class _Admission:
+    """Waiting rows, one after another, against what running rows have left."""
+
+    def __init__(self, limits: Limits, grants: _Grants, supply: Supply) -> None:
+        self.limits, self.free, self.budget = limits, grants.free, grants.budget
+        self.running, self.places = len(grants.alive), limits.max_sequences - len(grants.alive)
+        self.newest = max((row.request.number for row in grants.alive), default=0)
+        self.in_flight = InFlight(grants.alive, limits.page_size)
+        self.admitted: list[Work] = []
+        self.claimed: set[int] = set()  # idle pages that rows of this step begin with
+        self.looked = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether any row could be admitted still."""
+        return self.budget > 0 and self.places > 0 and self.free > 0 and self.looked < MOST_LOOKED_AT
+
+    def consider(self, row: Row, prospect: Prospect) -> bool:
+        """Admit `row`, or let it wait for what another computes. False: it does not fit, so nobody else is asked."""
+        self.looked += 1
+        if prospect.node is not None and self.in_flight.brings(row, prospect):
+            return True
         branches = len(row.request.rows) if row.index == 0 and not row.output_ids else 1
-        if budget == 0 or places < min(branches, limits.max_sequences):
-            break
-        known = -(-len(row.tokens) // limits.page_size)
+        if self.places < min(branches, self.limits.max_sequences):
+            return False
+        idle = [page for page in prospect.idle if page not in self.claimed]
         # A page of headroom a running row, so that what is admitted now is not thrown out again at once.
-        headroom = min(alive + len(admitted), limits.free_pages // 8)
-        if known + headroom > free:
-            break
-        count = min(len(row.tokens), budget)
-        free -= known
-        budget -= count
-        places -= branches
-        admitted.append(Work(row, count, known))
-    return admitted
+        headroom = min(self.running + len(self.admitted), self.limits.free_pages // 8)
+        if prospect.fresh + len(idle) + headroom > self.free:
+            return False
+        count = min(len(row.tokens) - prospect.known, self.budget)
+        self.claimed.update(idle)
+        self.free -= prospect.fresh + len(idle)
+        self.budget -= count
+        self.places -= branches
+        self.admitted.append(Work(row, count, prospect.fresh))
+        if prospect.node is not None:
+            self.in_flight.add(row, prospect.node)
+        return True

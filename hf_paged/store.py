@@ -79,6 +79,14 @@ class KVStore:
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
+    def finite(self, pages: list[int]) -> bool:
+        """Whether all numbers of `pages` are finite."""
+        if not pages:
+            return True
+        index = torch.tensor(pages, device=self.keys[0].device)
+        parts = (tensor.index_select(0, index) for tensor in (*self.keys, *self.values))
+        return all(bool(part.isfinite().all()) for part in parts)
+
     def scrub(self, pages: list[int]) -> None:
         """Write zeros to `pages`: after a request whose model gave numbers that are not finite."""
         if pages:

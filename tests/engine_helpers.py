@@ -116,11 +116,13 @@ def toy_core(
     max_sequences: int = 8,
     max_model_len: int = 200,
     eos: bool = False,
+    prefix_caching: bool = False,
     **rest: Any,
 ) -> EngineCore:
     """An engine core over the toy model; it checks itself after every step. `core.forward` is the `ToyForward`."""
     store = KVStore([LayerShape(1, 1, 1)], num_pages, page_size)
-    settings = CoreSettings(max_batch_tokens, max_sequences, max_model_len, VOCAB, (EOS,) if eos else (), check=True)
+    limits = (max_batch_tokens, max_sequences, max_model_len, VOCAB, (EOS,) if eos else ())
+    settings = CoreSettings(*limits, check=True, prefix_caching=prefix_caching)
     arguments = {"decode": toy_decode, "encode": toy_encode} | rest
     forward = ToyForward(store)
     forward.core = core = EngineCore(forward, store, settings, **arguments)
@@ -151,7 +153,7 @@ def assert_idle(core: EngineCore) -> None:
     """Nothing runs or waits, no page is held, and no number in the store is not finite."""
     assert_finite(core)
     assert not core.busy and not core.requests
-    assert core.memory.pool.free == core.memory.pool.num_pages and not core.memory.sequences
+    assert core.memory.available == core.memory.pool.num_pages and not core.memory.sequences
 
 
 def tokens_of(request: Request) -> list[list[int]]:

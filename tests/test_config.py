@@ -35,7 +35,6 @@ def test_defaults():
         ("max_sequences", None),
         ("seed", 1.0),
         ("seed", "x"),
-        ("prefix_caching", True),
         ("prefix_caching", 1),
         ("backend", "cuda"),
         ("backend", "triton"),

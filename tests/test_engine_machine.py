@@ -22,6 +22,8 @@ def parameters(draw):
         "best_of": draw(st.sampled_from([None, n, n + 2])),
         "temperature": draw(st.sampled_from([0.0, 0.7, 1.0])) if n == 1 else 1.0,
         "max_tokens": draw(st.integers(1, 8)),
+        "cache_salt": draw(st.sampled_from([None, None, "a"])),
+        "prefix_caching": draw(st.sampled_from([None, None, None, False])),
         "priority": draw(st.sampled_from([0.0, 0.0, -1.0, 3.0])),
         "ignore_eos": draw(st.booleans()),
         "stop": draw(st.sampled_from([(), (), ("ab",), ("c", "dd")])),
@@ -38,6 +40,11 @@ def parameters(draw):
     return SamplingParams(**given)
 
 
+PLACES = ["memory.reserve", "memory.commit", "memory.open", "roster.finish", "roster.preempt", "decode"]
+PLACES += [f"memory.prefixes.{name}" for name in ("enter", "leave", "extend", "end", "discard", "evict", "_add")]
+PLACES += [f"memory.pool.{name}" for name in ("share", "release", "keep", "drop")]
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Submit, step, cancel, and let the model or an interrupt break off a step, at random."""
 
@@ -46,14 +53,21 @@ class EngineMachine(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         max_batch_tokens=st.sampled_from([1, 2, 5, 16]),
         max_sequences=st.integers(1, 5),
+        caching=st.sampled_from([True, True, False]),
     )
-    def start(self, num_pages, page_size, max_batch_tokens, max_sequences):
-        self.core = toy_core(num_pages, page_size, max_batch_tokens, max_sequences, eos=True)
+    def start(self, num_pages, page_size, max_batch_tokens, max_sequences, caching):
+        shape = (num_pages, page_size, max_batch_tokens, max_sequences)
+        self.core = toy_core(*shape, eos=True, prefix_caching=caching)
         self.requests = []
         self.most = num_pages * page_size + 1
 
     @rule(
-        prompt=st.lists(st.sampled_from([*range(6), POISON]), max_size=20), params=parameters(), seed=st.integers(0, 3)
+        prompt=st.one_of(
+            st.lists(st.sampled_from([*range(6), POISON]), max_size=20),
+            st.lists(st.integers(0, 1), max_size=20),  # many have prefixes in common
+        ),
+        params=parameters(),
+        seed=st.integers(0, 3),
     )
     def submit(self, prompt, params, seed):
         fits = len(prompt) > 0 and len(prompt) + params.max_tokens <= self.most
@@ -96,12 +110,16 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.core.busy)
     @rule(
         at=st.integers(1, 4),
-        place=st.sampled_from(["memory.reserve", "memory.commit", "roster.finish", "roster.preempt", "decode"]),
+        place=st.sampled_from(PLACES),
     )
     def interrupted(self, at, place):
         owner, name = self.core, place
         if "." in place:
-            owner, name = getattr(self.core, place.split(".")[0]), place.split(".")[1]
+            *parts, name = place.split(".")
+            for part in parts:
+                owner = getattr(owner, part)
+            if owner is None:
+                return
         original, left = getattr(owner, name), [at]
 
         def call(*args, **kwargs):

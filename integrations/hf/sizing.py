@@ -31,4 +31,5 @@ def core_settings(config: EngineConfig, facts: ModelFacts) -> CoreSettings:
         eos_ids=facts.eos_ids,
         check=config.check,
         backend=config.backend,
+        prefix_caching=config.prefix_caching,
     )
