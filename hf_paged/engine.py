@@ -181,8 +181,8 @@ class EngineCore:
             self.roster.preempt(row)
             row.request.metrics.preemptions += 1
         now = time.perf_counter()
-        for row in decision.admitted:
-            self.roster.admit(row, now)
+        for work in decision.admitted:
+            self.roster.admit(work.row, work.found, now)
         self.recorder.add(preemptions=len(decision.preempted))
 
     def _reserve(self, decision: Decision) -> list[PlanRow]:

@@ -219,14 +219,18 @@ class Memory:
             self.pool.release(page)
         return [page for page in pages if not self.pool.count(page)]
 
-    def repair(self, sequences: set[Sequence]) -> None:
-        """Keep just `sequences` and make the pool agree with their tables, after an interrupt inside a method."""
+    def repair(self, sequences: set[Sequence], doubt: bool = False) -> None:
+        """Keep just `sequences` and make the pool agree with their tables, after an interrupt inside a method.
+
+        Args:
+            doubt: a sequence that is not among them may have left KV in the prefix cache that is not good.
+        """
         self._sequences = {s for s in sequences if s is not None and s.open}
         for s in self._sequences:
             s.computed = min(s.computed, len(s.pages) * self.page_size)
         kept = []
         if self.prefixes is not None:
-            self.prefixes.repair(self._sequences)
+            self.prefixes.repair(self._sequences, doubt)
             kept = [node.page for node in self.prefixes.tree]
         self.pool.rebuild(Counter(page for s in self._sequences for page in s.pages), kept)
 

@@ -30,6 +30,12 @@ class Found:
     pages: list[int]
     node: Node = field(repr=False)
 
+    def whole_pages(self) -> Found:
+        """The same without a page that only part of is shared."""
+        depth = self.node.depth
+        size = len(self.node.tokens) or 1
+        return Found(depth * size, self.pages[:depth], self.node)
+
 
 class PrefixCache:
     """Holds pages of the pool for as long as nobody else needs them.
@@ -103,8 +109,9 @@ class PrefixCache:
 
     def end(self, sequence: Sequence) -> None:
         """Add the tail of `sequence`, which computes no more, and note that its whole path was used."""
-        node, at = sequence.node, sequence.node.depth
+        self.extend(sequence)  # after an interrupt its node may lag behind
         self._changing = True
+        node, at = sequence.node, sequence.node.depth
         if sequence.computed > at * self.page_size:
             node = self._add(node, sequence.tokens[at * self.page_size : sequence.computed], sequence.pages[at])
         self.tree.touch(node)
@@ -163,8 +170,13 @@ class PrefixCache:
             self.pool.drop(node.page)
         self._changing = False
 
-    def repair(self, sequences: set[Sequence]) -> None:
-        """Know just `sequences`, after an interrupt at an unknown place. A tree that was being changed is forgotten."""
+    def repair(self, sequences: set[Sequence], doubt: bool) -> None:
+        """Know just `sequences`, after an interrupt at an unknown place. A tree that was being changed is forgotten.
+
+        Args:
+            doubt: forget it anyway.
+        """
+        self._changing |= doubt
         if self._changing:
             self.tree.clear()
         for node in chain(self.tree.roots(), self.tree):

@@ -7,6 +7,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
 from hf_paged.memory import Memory
+from hf_paged.ordering import depth_first
+from hf_paged.prefix_cache import Found
 from hf_paged.request import Request, Row
 from hf_paged.store import KVStore
 
@@ -71,20 +73,23 @@ class Roster:
 
     # -- rows
 
-    def longest_first(self, requests: Sequence[Request]) -> None:
-        """Let those of `requests` with most tokens to generate go first; all of them must still wait.
-
-        A list that is answered as a whole ends sooner so: no long row is left to run alone at the end.
-        """
+    def arrange(self, requests: Sequence[Request]) -> None:
+        """Let `requests`, all of which must still wait, go in the order that suits a list (see `depth_first`)."""
         numbers = sorted(request.number for request in requests)
-        for number, request in zip(numbers, sorted(requests, key=lambda r: -r.max_tokens), strict=True):
-            request.number = number
+        lengths = [request.max_tokens for request in requests]
+        if any(request.rows[0].reuses for request in requests):
+            prompts = [request.prompt_ids for request in requests]
+            found = [self.memory.find(ids, r.rows[0].salt) for ids, r in zip(prompts, requests, strict=True)]
+            order = depth_first(prompts, lengths, [f.length for f in found], self.memory.page_size)
+        else:
+            order = sorted(range(len(requests)), key=lambda i: -lengths[i])
+        for number, at in zip(numbers, order, strict=True):
+            requests[at].number = number
         self._waiting.sort(key=_last_first)
 
-    def admit(self, row: Row, now: float) -> None:
-        """A waiting row gets a sequence."""
+    def admit(self, row: Row, found: Found | None, now: float) -> None:
+        """A waiting row gets a sequence, which begins with what is `found`."""
         self._unwait(row)
-        found = self.memory.find(row.tokens, row.salt) if row.reuses else None
         row.sequence = self.memory.open(row.tokens, row.shared, row.salt, found)
         self.running[row] = None
         if row.request.metrics.first_scheduled_time is None:
@@ -150,17 +155,24 @@ class Roster:
 
         An interrupt may fall between any two lines, so who waits and who runs is found anew from the requests.
         """
+        doubt = False
         for request in list(self.requests.values()):
+            if request.error is not None:  # its end was interrupted
+                doubt = True
+                for row in request.rows:
+                    row.finish_reason = row.finish_reason or "error"
             if request.finished:
                 self._report(request)
         rows = [row for request in self.requests.values() for row in request.rows]
         active = [row for row in rows if _begun(row) and not row.finish_reason]
+        # What a row has stored since its last logits is not known to be good.
+        doubt |= not all(self.store.finite(row.sequence.pages) for row in self.running if row.sequence is not None)
         self.running = {row: None for row in active if row in self.running and row.sequence is not None}
         self._waiting = sorted((row for row in active if row not in self.running), key=_last_first)
         for row in rows:
             if row not in self.running:
                 row.sequence = None
-        self.memory.repair({row.sequence for row in self.running})
+        self.memory.repair({row.sequence for row in self.running}, doubt)
         for row in self.running:
             # The last page may be a copy that was not carried out, and pages behind it may hold anything by now.
             known = min(row.sequence.computed, len(row.tokens) - 1)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from hf_paged.prefix_cache import Found
 from hf_paged.request import Row
 from hf_paged.supply import InFlight, Prospect, Supply, longest_prefix_first
 
@@ -20,11 +21,15 @@ MOST_LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class Work:
-    """`row` computes its next `count` tokens, for which it must take `pages` from the pool (0: it has all it needs)."""
+    """`row` computes its next `count` tokens, for which it must take `pages` from the pool (0: it has all it needs).
+
+    A row that was waiting begins with what is `found` in the prefix cache.
+    """
 
     row: Row
     count: int
     pages: int
+    found: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,12 @@ class Decision:
 
     Attributes:
         work: rows to compute, those with one token first.
-        admitted: rows in `work` that were waiting, in order.
+        admitted: the part of `work` whose rows were waiting, in order.
         preempted: rows that must give up their pages and wait.
     """
 
     work: tuple[Work, ...] = ()
-    admitted: tuple[Row, ...] = ()
+    admitted: tuple[Work, ...] = ()
     preempted: tuple[Row, ...] = ()
 
 
@@ -77,7 +82,7 @@ def decide(running: Iterable[Row], waiting: Iterable[Row], limits: Limits, suppl
         admitted = _admit(iter(waiting), limits, grants, supply)
     # Decodes first, longest first: attention serves neighbours of like length together.
     work = sorted(grants.work + admitted, key=lambda w: (w.count > 1, -len(w.row.tokens)))
-    return Decision(tuple(work), tuple(w.row for w in admitted), tuple(grants.preempted))
+    return Decision(tuple(work), tuple(admitted), tuple(grants.preempted))
 
 
 class _Grants:
@@ -129,6 +134,7 @@ class _Admission:
 
     def __init__(self, limits: Limits, grants: _Grants, supply: Supply) -> None:
         self.limits, self.free, self.budget = limits, grants.free, grants.budget
+        self.supply = supply
         self.running, self.places = len(grants.alive), limits.max_sequences - len(grants.alive)
         self.newest = max((row.request.number for row in grants.alive), default=0)
         self.in_flight = InFlight(grants.alive, limits.page_size)
@@ -144,22 +150,29 @@ class _Admission:
     def consider(self, row: Row, prospect: Prospect) -> bool:
         """Admit `row`, or let it wait for what another computes. False: it does not fit, so nobody else is asked."""
         self.looked += 1
-        if prospect.node is not None and self.in_flight.brings(row, prospect):
+        if prospect.found is not None and self.in_flight.brings(row, prospect):
             return True
         branches = len(row.request.rows) if row.index == 0 and not row.output_ids else 1
         if self.places < min(branches, self.limits.max_sequences):
             return False
-        idle = [page for page in prospect.idle if page not in self.claimed]
-        # A page of headroom a running row, so that what is admitted now is not thrown out again at once.
-        headroom = min(self.running + len(self.admitted), self.limits.free_pages // 8)
-        if prospect.fresh + len(idle) + headroom > self.free:
+        if not self._fits(prospect) and prospect.found is not None:
+            prospect = self.supply.frugal(row, prospect)
+        if not self._fits(prospect):
             return False
         count = min(len(row.tokens) - prospect.known, self.budget)
-        self.claimed.update(idle)
-        self.free -= prospect.fresh + len(idle)
+        self.free -= prospect.fresh + len(self._unclaimed(prospect))
+        self.claimed.update(prospect.idle)
         self.budget -= count
         self.places -= branches
-        self.admitted.append(Work(row, count, prospect.fresh))
-        if prospect.node is not None:
-            self.in_flight.add(row, prospect.node)
+        self.admitted.append(Work(row, count, prospect.fresh, prospect.found))
+        if prospect.found is not None:
+            self.in_flight.add(row, prospect.found.node)
         return True
+
+    def _fits(self, prospect: Prospect) -> bool:
+        # A page of headroom a running row, so that what is admitted now is not thrown out again at once.
+        headroom = min(self.running + len(self.admitted), self.limits.free_pages // 8)
+        return prospect.fresh + len(self._unclaimed(prospect)) + headroom <= self.free
+
+    def _unclaimed(self, prospect: Prospect) -> list[int]:
+        return [page for page in prospect.idle if page not in self.claimed]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_paged.memory import Memory
-from hf_paged.prefix_cache import common_length
+from hf_paged.prefix_cache import Found, common_length
 from hf_paged.request import Row
 
 # A row may be overtaken by so many requests that came after it, for the sake of prefixes that are there already.
@@ -19,16 +19,19 @@ class Prospect:
     """What a waiting row would begin with.
 
     Attributes:
-        known: tokens whose KV is there already.
+        found: tokens whose KV is there already, and their pages; None: it shares nothing.
         fresh: pages that it must take from the pool for the rest of its tokens.
-        idle: pages of what is known that no sequence holds: the pool could give them away until the row has them.
-        node: where its path goes on in the radix tree; None: it shares nothing.
+        idle: pages of what is found that no sequence holds: the pool could give them away until the row has them.
     """
 
-    known: int
+    found: Found | None
     fresh: int
     idle: tuple[int, ...] = ()
-    node: Any = None
+
+    @property
+    def known(self) -> int:
+        """Tokens that it need not compute."""
+        return self.found.length if self.found is not None else 0
 
 
 class Supply:
@@ -47,13 +50,19 @@ class Supply:
 
     def prospect(self, row: Row) -> Prospect:
         """What a waiting row would begin with, were it admitted now."""
-        memory, size = self.memory, self.memory.page_size
+        memory = self.memory
         total = memory.pages_for(len(row.tokens))
         if not row.reuses or memory.prefixes is None:
-            return Prospect(0, total)
-        found = memory.find(row.tokens, row.salt)
-        idle = tuple(page for page in found.pages if not memory.pool.sequences(page))
-        return Prospect(found.length, total - found.length // size, idle, found.node)
+            return Prospect(None, total)
+        return self._of(memory.find(row.tokens, row.salt), total)
+
+    def frugal(self, row: Row, prospect: Prospect) -> Prospect:
+        """The same without a page that it would copy: while it does, it would hold one more than it needs."""
+        return self._of(prospect.found.whole_pages(), self.memory.pages_for(len(row.tokens)))
+
+    def _of(self, found: Found, total: int) -> Prospect:
+        idle = tuple(page for page in found.pages if not self.memory.pool.sequences(page))
+        return Prospect(found, total - found.length // self.memory.page_size, idle)
 
 
 class InFlight:
@@ -73,8 +82,8 @@ class InFlight:
     def brings(self, row: Row, prospect: Prospect) -> bool:
         """Whether `row` had better wait: another computes a page or more of what it needs, or most of it."""
         last = len(row.tokens) - 1  # computed in any case, for its logits
-        for other in self._rows.get(prospect.node, ()):
-            begin = prospect.node.depth * self.page_size
+        for other in self._rows.get(prospect.found.node, ()):
+            begin = prospect.found.node.depth * self.page_size
             gain = begin + common_length(row.tokens, other.tokens, begin, last) - prospect.known
             if gain >= self.page_size or 2 * gain > len(row.tokens) - prospect.known:
                 return True

@@ -1,0 +1,156 @@
+"""Whether stored KV still belongs to the model: a fingerprint of its weights, adapters and attention settings.
+
+Counters of in-place changes (`_version`) and addresses are exact, but writes through `.data` leave both as they were;
+so some numbers of every weight are compared too. A write through `.data` that changes only a few numbers of a weight
+may miss all of them: `Engine.forget()` is for those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Numbers of a weight that are compared at the beginning of a call, and at every step.
+SAMPLES, STEP_SAMPLES = 64, 4
+
+
+class Fingerprint:
+    """What KV depends on, in a model as it is now.
+
+    Args:
+        model: any module.
+        samples: numbers of every weight that are looked at.
+
+    Attributes:
+        structure: modules, hooks, adapters and settings.
+        sampled: bytes of the numbers, weight by weight.
+    """
+
+    def __init__(self, model: nn.Module, samples: int = SAMPLES) -> None:
+        self.structure = (_settings(model), tuple(_module_state(module) for module in model.modules()))
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
+        self.tensors = [weakref.ref(t) for t in tensors]
+        self.places = _places(tensors)
+        self.sampled = _read([_numbers(t, samples) for t in tensors])
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Fingerprint) and self.places == other.places
+        return same and self.structure == other.structure and self.sampled == other.sampled
+
+    __hash__ = None
+
+    def placed_as_before(self) -> bool:
+        """Whether all weights are where they were, and no counted write changed them."""
+        tensors = [ref() for ref in self.tensors]
+        return all(tensor is not None for tensor in tensors) and _places(tensors) == self.places
+
+
+class Validity:
+    """Tells when stored KV is void: at the beginning of calls, and between steps.
+
+    With the bundled model (75 weights) `begin` takes about 0.6 ms and `step` about 0.02 ms.
+
+    Args:
+        model: function that gives the model.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module]) -> None:
+        self.model = model
+        self.known = Fingerprint(model())
+        self._views: list[np.ndarray] | None = None
+        self._sampled = b""
+
+    def begin(self) -> bool:
+        """Look at the whole model: whether it changed since the last look."""
+        before, self.known = self.known, Fingerprint(self.model())
+        self._watch()
+        return before != self.known
+
+    def step(self) -> bool:
+        """Look at a little of it, between two steps: whether it changed. On CUDA only counted writes are seen."""
+        if self._views is None:
+            self._watch()
+        return not self.known.placed_as_before() or _read(self._views) != self._sampled
+
+    def rest(self) -> None:
+        """Nothing runs: hold on to no weight."""
+        self._views = None
+
+    def _watch(self) -> None:
+        tensors = [tensor for tensor in (ref() for ref in self.known.tensors) if tensor is not None]
+        self._views = [_numbers(t, STEP_SAMPLES) for t in tensors if t.device.type == "cpu"]
+        self._sampled = _read(self._views)
+
+
+def identity(model: nn.Module, layout: Any) -> str:
+    """A name for the KV of `model` that another process gives it too: weights, settings and `layout`."""
+    kept = Fingerprint(model)
+    digest = hashlib.sha256(kept.sampled)
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    adapters = [repr(state) for state in (_adapter_state(module) for module in model.modules()) if state]
+    digest.update(repr((type(model).__name__, shapes, adapters, _settings(model), layout)).encode())
+    return digest.hexdigest()
+
+
+def _places(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _numbers(tensor: torch.Tensor, count: int) -> np.ndarray:
+    """Bits of up to `count` of its numbers, evenly spaced; on a CPU a view of them, as whole numbers."""
+    tensor = tensor.detach()
+    n = tensor.numel()
+    if n <= count or not tensor.is_contiguous():
+        tensor = tensor.reshape(-1)[:: max(n // count, 1)]
+    else:
+        tensor = tensor.as_strided((count,), ((n - 1) // (count - 1),))
+    return tensor.cpu().view(BITS[tensor.element_size()]).numpy()
+
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _read(numbers: list[np.ndarray]) -> bytes:
+    """Their bytes, one after another."""
+    return np.concatenate(numbers).tobytes() if numbers else b""
+
+
+def _settings(model: nn.Module) -> tuple[str, ...]:
+    """Settings of all configs in the model."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    return tuple(repr(_plain(vars(config))) for config in configs)
+
+
+# What says where a model comes from or what `generate` does, not what its KV is.
+UNRELATED = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype")
+
+
+def _plain(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    plain = (str, int, float, bool, list, dict, tuple, type(None))
+    return sorted((k, v) for k, v in settings.items() if k not in UNRELATED and isinstance(v, plain))
+
+
+def _module_state(module: nn.Module) -> tuple[Any, ...]:
+    """Which module, what is hung on it, and its adapters."""
+    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+    return (id(module), type(module), hooks, id(vars(module).get("forward")), _adapter_state(module))
+
+
+def _adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
+    """Of a PEFT layer: adapters that are on, merged or off, and their scales."""
+    if not hasattr(module, "merged_adapters"):
+        return None
+    return tuple(_adapter_values(module))
+
+
+def _adapter_values(module: nn.Module) -> Iterator[Any]:
+    yield tuple(getattr(module, "active_adapters", ()))
+    yield tuple(module.merged_adapters)
+    yield getattr(module, "disable_adapters", False)
+    yield tuple(sorted(getattr(module, "scaling", {}).items()))
