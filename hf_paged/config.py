@@ -37,6 +37,8 @@ class EngineConfig:
             `torch.manual_seed` makes runs repeatable.
         prefix_caching: keep the KV of prompts and answers, for requests that begin with the same tokens, until its
             pages are needed.
+        track_optimum: count what a prefix cache without limits would have found (`EngineStats.optimal_tokens`; it keeps
+            all tokens ever served).
         backend: `auto`, `torch` or `triton` for the attention ops. Only the torch ops exist yet.
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
@@ -49,6 +51,7 @@ class EngineConfig:
     max_sequences: int = 128
     seed: int | None = None
     prefix_caching: bool = True
+    track_optimum: bool = False
     backend: str = "auto"
     check: bool = False
 
@@ -66,7 +69,7 @@ class EngineConfig:
         both = self.num_pages is not None and self.memory_fraction is not None
         require(not both, "memory_fraction", value, f"give it or num_pages ({self.num_pages}), not both")
         require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
-        for name in ("prefix_caching", "check"):
+        for name in ("prefix_caching", "track_optimum", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         require(self.backend != "triton", "backend", "triton", "the Triton kernels do not exist yet: auto or torch")
@@ -97,6 +100,7 @@ class CoreSettings:
     check: bool = False
     backend: str = "auto"
     prefix_caching: bool = False
+    track_optimum: bool = False
 
 
 def available_memory() -> int:

@@ -21,7 +21,7 @@ from hf_paged.request import Request, Row, RowHooks
 from hf_paged.roster import Roster
 from hf_paged.sampling import SampleResult, sample
 from hf_paged.scheduler import Decision, Limits, decide
-from hf_paged.stats import EngineStats, Recorder
+from hf_paged.stats import EngineStats, Optimum, Recorder
 from hf_paged.store import KVStore
 from hf_paged.supply import Supply
 from hf_paged.text import Decode
@@ -66,6 +66,7 @@ class EngineCore:
         self.capacity = Capacity(settings.max_model_len, store.num_pages, store.page_size, settings.vocab_size)
         self.recorder = Recorder(store.bytes_per_page, store.page_size)
         self.roster = Roster(self.memory, store)
+        self.optimum = Optimum(store.page_size) if settings.track_optimum else None
         self._submitted = 0
 
     @property
@@ -163,7 +164,26 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Counters since the start or the last `recorder.reset()`."""
-        return self.recorder.stats(self.memory.available, self.memory.pool.num_pages)
+        memory, prefixes = self.memory, self.memory.prefixes
+        return self.recorder.stats(
+            pages_free=memory.available,
+            pages_idle=memory.pool.idle,
+            pages_total=memory.pool.num_pages,
+            optimal_tokens=self.optimum.tokens if self.optimum is not None else None,
+            evictions=prefixes.evictions if prefixes is not None else 0,
+        )
+
+    def reset_stats(self) -> None:
+        """Begin counting anew."""
+        self.recorder.reset()
+        if self.optimum is not None:
+            self.optimum.tokens = 0
+        if self.memory.prefixes is not None:
+            self.memory.prefixes.evictions = 0
+
+    def forget(self) -> None:
+        """Forget all KV: the model is not what it was. Rows that run compute theirs again."""
+        self.roster.forget()
 
     def check(self) -> None:
         """Verify the laws of memory, and that every sequence belongs to a running row."""
@@ -182,7 +202,14 @@ class EngineCore:
             row.request.metrics.preemptions += 1
         now = time.perf_counter()
         for work in decision.admitted:
+            if self.optimum is not None:
+                self.optimum.admit(work.row)
+            first = work.row.request.metrics.first_scheduled_time is None
             self.roster.admit(work.row, work.found, now)
+            cached = work.row.sequence.computed
+            self.recorder.add(cached_tokens=cached)
+            if first:
+                work.row.request.metrics.cached_tokens = cached
         self.recorder.add(preemptions=len(decision.preempted))
 
     def _reserve(self, decision: Decision) -> list[PlanRow]:
@@ -247,4 +274,6 @@ class EngineCore:
             raise
         result.tokens.append((row, row.tokens[-1]))
         if finished:
+            if self.optimum is not None:
+                self.optimum.finish(row)
             roster.finish(row)

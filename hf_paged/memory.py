@@ -97,6 +97,8 @@ class Memory:
                 for page in found.pages:
                     self.pool.share(page)
                 sequence.computed, sequence.found = found.length, found.node.depth
+                if found.length:
+                    self.prefixes.tree.hit(found.node)
             behind = found.node if sequence.found else self.prefixes.tree.root(salt)
             self.prefixes.enter(sequence, behind)
         return sequence

@@ -43,13 +43,18 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """When things happened to a request, in seconds of `time.perf_counter()`; None: not yet."""
+    """When things happened to a request, in seconds of `time.perf_counter()`; None: not yet.
+
+    preemptions: times that one of its rows gave up its pages. cached_tokens: tokens of its prompt that were not
+    computed, because their KV was in the prefix cache.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     preemptions: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass

@@ -30,17 +30,19 @@ class Node:
         depth: pages from the root to this one, itself included.
         keys, children: tokens of its children, in order, and the children.
         used: the tree's clock when a match or an insertion last ended here, or below on a node that is gone.
+        hits: matches that were used and ended here, or below on a node that is gone.
         gone: whether the tree has let go of it.
         tails: whatever its owner hangs here (running sequences whose next page begins behind this one), or None.
     """
 
-    __slots__ = ("tokens", "page", "parent", "depth", "keys", "children", "used", "gone", "tails")
+    __slots__ = ("tokens", "page", "parent", "depth", "keys", "children", "used", "hits", "gone", "tails")
 
     def __init__(self, tokens: tuple[int, ...], page: int, parent: Node | None, used: int) -> None:
         self.tokens, self.page, self.parent, self.used = tokens, page, parent, used
         self.depth = parent.depth + 1 if parent is not None else 0
         self.keys: list[tuple[int, ...]] = []
         self.children: list[Node] = []
+        self.hits = 0
         self.gone = False
         self.tails: set | None = None
 
@@ -141,6 +143,11 @@ class RadixTree:
         if not node.children:
             self._push(node)
 
+    def hit(self, node: Node) -> None:
+        """Note that a match that ends at `node` is used."""
+        node.hits += 1
+        self.touch(node)
+
     def extend(self, node: Node, tokens: tuple[int, ...], page: int) -> tuple[Node, int | None]:
         """Add `page`, which holds the KV of `tokens` behind `node`, unless they are known.
 
@@ -230,6 +237,10 @@ class RadixTree:
         """The root of every salt."""
         return list(self._roots.values())
 
+    def salts(self) -> list[tuple[Hashable, Node]]:
+        """Salts and their roots."""
+        return list(self._roots.items())
+
     def __iter__(self) -> Iterator[Node]:
         """All nodes but roots, parents before children."""
         return _below([child for root in self._roots.values() for child in root.children])
@@ -264,6 +275,7 @@ class RadixTree:
         del parent.keys[at], parent.children[at]
         # What was used below was used through its parent, which may now be the next to go.
         parent.used = max(parent.used, node.used)
+        parent.hits += node.hits
         node.gone = True
         self.nodes -= 1
         self.tokens -= len(node.tokens)

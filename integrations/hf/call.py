@@ -30,6 +30,7 @@ class Call:
     criteria: Criteria
     config: Any
     streamer: Any
+    sharing: dict[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     kv: dict[Row, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
@@ -94,7 +95,9 @@ class Call:
         budget = self.criteria.max_length - self.input_ids.shape[1]
         # An id that is no token ends nothing.
         ends = () if self.lockstep else [i for i in self.criteria.eos_ids if 0 <= i < self.engine.facts.vocab_size]
-        params = SamplingParams(n=each, max_tokens=budget, ignore_eos=True, stop_token_ids=ends, **params)
+        params = SamplingParams(
+            n=each, max_tokens=budget, ignore_eos=True, stop_token_ids=ends, **self.sharing, **params
+        )
         own_seed = self.engine.config.seed
         base = draw_seed() if self.config.do_sample and own_seed is None else 0
         hooks = [self._hooks(p, prompt) for p, prompt in zip(pipelines(rest, self.prompts), self.prompts, strict=True)]

@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from hf_paged.integrations.compat import runs_in_step_with_others
 from hf_paged.integrations.fallback import make_cache
 from hf_paged.integrations.generate import ENGINE_MODES, run_prepared
 from hf_paged.integrations.generate import generate as paged_strategy
+from hf_paged.params import SamplingParams
 
 logger = logging.getLogger("hf_paged")
 _lock = threading.Lock()
@@ -30,6 +32,7 @@ def enable(**settings: Any) -> None:
 
     Args:
         settings: fields of `EngineConfig`, for the engines of all models; `cache_config={...}` of a call goes before.
+            A call also takes `prefix_caching=False` and `cache_salt="..."` (see `SamplingParams`).
 
     Raises:
         ValueError: an unknown or bad setting.
@@ -71,20 +74,25 @@ def _setting(name: str, kwargs: dict[str, Any], generation_config: Any, model: n
     return getattr(model.generation_config, name, None) if given is None else given
 
 
-def _engine_config(settings: dict[str, Any], of_call: Any) -> EngineConfig:
-    """The settings of `enable`, and before them those of a call.
+def _engine_config(settings: dict[str, Any], of_call: Any, sharing: dict[str, Any]) -> tuple[EngineConfig, str | None]:
+    """The settings of `enable`, before them those of a call's `cache_config`, and before these its own arguments.
+
+    Returns:
+        the engine's settings, and the salt under which the call shares prefixes.
 
     Raises:
         ValueError: an unknown or bad setting.
     """
+    salt = sharing.pop("cache_salt", None)
     if isinstance(of_call, EngineConfig):
-        return of_call
+        return replace(of_call, **sharing), salt
     if not isinstance(of_call, dict | None):
         raise ValueError(f"cache_config={of_call!r} is not allowed: a dict of engine settings, or an EngineConfig")
-    of_call = of_call or {}
+    of_call = (of_call or {}) | sharing
+    salt = of_call.pop("cache_salt", None) if salt is None else salt
     pool = {"num_pages", "memory_fraction"}  # two ways to say one thing
     kept = {name: value for name, value in settings.items() if not (name in pool and pool & of_call.keys())}
-    return EngineConfig.from_dict(kept | of_call)
+    return EngineConfig.from_dict(kept | of_call), salt
 
 
 class PagedCall:
@@ -111,7 +119,11 @@ class PagedCall:
                 "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a "
                 "Cache object) is unsupported. Please use only one of the two."
             )
-        self.config = _engine_config(settings, _setting("cache_config", kwargs, generation_config, model))
+        # Arguments of this door alone: `generate` does not know them.
+        sharing = {name: kwargs.pop(name) for name in ("prefix_caching", "cache_salt") if name in kwargs}
+        of_call = _setting("cache_config", kwargs, generation_config, model)
+        self.config, self.salt = _engine_config(settings, of_call, sharing)
+        SamplingParams(cache_salt=self.salt)  # refuses what is no salt
         self.generation_config = copy.deepcopy(generation_config)
         if kwargs.get("custom_generate") is paged_strategy:
             del kwargs["custom_generate"]  # it asks for the same
@@ -134,12 +146,12 @@ class PagedCall:
         if reason is not None:
             return self._loop(inputs, effective, reason)
         kwargs = self._with_stop_strings(effective)
-        config, streamer = self.config, kwargs.get("streamer")
+        config, salt, streamer = self.config, self.salt, kwargs.get("streamer")
 
         # With the parameters of a decoding method: any other name would be taken out of the caller's arguments.
         def engine(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             prepared = (self, input_ids, logits_processor, stopping_criteria, generation_config)
-            return run_prepared(*prepared, config, streamer, model_kwargs)
+            return run_prepared(*prepared, config, streamer, model_kwargs, salt)
 
         kwargs["custom_generate"] = engine
         return self.original(self.model, inputs, self.generation_config, **kwargs)

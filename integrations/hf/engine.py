@@ -15,6 +15,8 @@ from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
 from hf_paged.integrations.prompts import Prompt, listed, refused
 from hf_paged.integrations.sizing import core_settings, pool_pages
+from hf_paged.integrations.summary import TreeSummary, summarise
+from hf_paged.integrations.validity import Validity
 from hf_paged.kernels import choose_backend
 from hf_paged.outputs import RequestOutput, TokenEvent
 from hf_paged.params import SamplingParams
@@ -60,6 +62,16 @@ class Engine:
         if not isinstance(config, EngineConfig):
             config = EngineConfig.from_dict(dict(config or settings))
         self.config, self.tokenizer = config, tokenizer
+        self._model = model_ref or (lambda: model)
+        self.lock = threading.RLock()
+        self._submitted: set[Request] = set()
+        self._finished: list[RequestOutput] = []
+        self._closed = self._stepping = False
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Look at the model; make all that depends on what kind of numbers it computes, and where."""
+        model, config = self._model(), self.config
         self.facts = model_facts(model)
         verify_forward(model, self.facts)
         self.backend, self.backend_reason = choose_backend(config.backend, self.facts.device.type)
@@ -67,19 +79,16 @@ class Engine:
         self.store = KVStore(
             layers, pool_pages(config, self.facts), config.page_size, self.facts.dtype, self.facts.device
         )
-        self.forward = PagedForward(model_ref or (lambda: model), self.store, config.backend)
+        self.forward = PagedForward(self._model, self.store, config.backend)
+        self.validity = Validity(self._model)
         self.core = EngineCore(
             self.forward,
             self.store,
             core_settings(config, self.facts),
-            decode=self._decode if tokenizer is not None else None,
-            encode=self._encode if tokenizer is not None else None,
+            decode=self._decode if self.tokenizer is not None else None,
+            encode=self._encode if self.tokenizer is not None else None,
             device=self.facts.device,
         )
-        self.lock = threading.RLock()
-        self._submitted: set[Request] = set()
-        self._finished: list[RequestOutput] = []
-        self._closed = self._stepping = False
 
     # -- whole calls
 
@@ -186,7 +195,24 @@ class Engine:
 
     def reset_stats(self) -> None:
         """Begin counting anew."""
-        self.core.recorder.reset()
+        self.core.reset_stats()
+
+    def tree_summary(self, limit: int = 10) -> TreeSummary:
+        """The prefixes that are kept, the most used first, with their token counts. Print it."""
+        with self.lock:
+            prefixes = self.core.memory.prefixes
+            if prefixes is None:
+                return TreeSummary(0, 0, ())
+            return summarise(prefixes.tree, self._decode if self.tokenizer is not None else None, limit)
+
+    def forget(self) -> None:
+        """Forget all KV: for changes of the model that it cannot see (see `hf_paged.integrations.validity`).
+
+        Requests that run compute theirs again.
+        """
+        with self.lock:
+            self.forward.refresh()
+            self.core.forget()
 
     def check(self) -> None:
         """Verify the laws of memory; raises AssertionError where one does not hold."""
@@ -212,7 +238,14 @@ class Engine:
         """Before requests are queued: refuse when closed, look at the model anew when nothing runs."""
         if self._closed:
             raise ValueError("the engine is closed")
-        if not self.core.busy:
+        if self.core.busy:
+            return
+        weight = self._model().get_input_embeddings().weight
+        if (weight.device, weight.dtype) != (self.facts.device, self.facts.dtype):
+            self._set_up()
+        elif self.validity.begin():
+            self.forget()
+        else:
             self.forward.refresh()
 
     def _draws(self, params: SamplingParams) -> bool:
@@ -262,7 +295,7 @@ class Engine:
                         pending[request] = index
                     except ValueError as error:
                         failed.append((index, refused(prompt, index, error)))
-                self.core.roster.longest_first(list(pending))
+                self.core.roster.arrange(list(pending))
             yield from failed
             while pending:
                 with self.lock:
@@ -291,9 +324,14 @@ class Engine:
             raise RuntimeError("a step is under way: what it calls (a processor, a criterion) cannot make another")
         try:
             self._stepping = True
+            if self.validity.step():  # the model was changed under running requests
+                self.validity.begin()
+                self.forget()
             result = self.core.step()
         finally:
             self._stepping = False
+            if not self.core.busy:
+                self.validity.rest()
         for request in result.finished:
             if request in self._submitted:
                 self._submitted.discard(request)

@@ -29,6 +29,7 @@ def generate(
     generation_config: Any = None,
     draft_model: Any = None,
     engine_config: EngineConfig | dict[str, Any] | None = None,
+    cache_salt: str | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """A strategy for `model.generate(..., custom_generate=hf_paged.generate)`; nothing is patched.
@@ -39,6 +40,7 @@ def generate(
     Args:
         draft_model: not available yet: only None is taken.
         engine_config: an `EngineConfig`, or a dict of its fields.
+        cache_salt: as in `SamplingParams`.
 
     Returns:
         what `generate` returns: `[batch, length]` ids, or a dict-like output.
@@ -51,9 +53,8 @@ def generate(
     config = (
         engine_config if isinstance(engine_config, EngineConfig) else EngineConfig.from_dict(dict(engine_config or {}))
     )
-    return run_prepared(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, config, None, model_kwargs
-    )
+    prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+    return run_prepared(*prepared, config, None, model_kwargs, cache_salt)
 
 
 def run_prepared(
@@ -65,6 +66,7 @@ def run_prepared(
     config: EngineConfig,
     streamer: Any,
     model_kwargs: dict[str, Any],
+    salt: str | None = None,
 ) -> Any:
     """A prepared batch, on the engine where it can, else in transformers' loop."""
     prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
@@ -80,7 +82,8 @@ def run_prepared(
             model, input_ids, processors, criteria, generation_config, config, streamer, model_kwargs, reason
         )
     text_config = model.config.get_text_config(decoder=True)
-    call = Call(engine, text_config, input_ids, prompts, processors, Criteria.of(criteria), generation_config, streamer)
+    criteria, sharing = Criteria.of(criteria), {"prefix_caching": config.prefix_caching, "cache_salt": salt}
+    call = Call(engine, text_config, input_ids, prompts, processors, criteria, generation_config, streamer, sharing)
     return call.run()
 
 

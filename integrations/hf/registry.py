@@ -41,6 +41,7 @@ class EngineRegistry:
             CannotDrive: the model needs transformers' own loop.
         """
         with self._lock:
+            config = replace(config, prefix_caching=True)  # calls and requests turn it off for themselves
             signature = _signature(model)
             known = self._engines.get(model)
             if known is not None and known[0][0] == signature:

@@ -32,4 +32,5 @@ def core_settings(config: EngineConfig, facts: ModelFacts) -> CoreSettings:
         check=config.check,
         backend=config.backend,
         prefix_caching=config.prefix_caching,
+        track_optimum=config.track_optimum,
     )
