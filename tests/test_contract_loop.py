@@ -119,7 +119,8 @@ def test_settings_of_the_engine(model, rows):
     for bad, words in (
         ({"pagesize": 8}, ("pagesize", "page_size")),
         ({"page_size": 0}, ("page_size", "0")),
-        ({"prefix_caching": True}, ("prefix_caching",)),
+        ({"prefix_caching": 1}, ("prefix_caching", "1")),
+        ({"cache_salt": 1}, ("cache_salt", "1")),
         ([4], ("cache_config", "[4]")),
     ):
         with pytest.raises(ValueError) as error:

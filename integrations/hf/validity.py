@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class Fingerprint:
         samples: numbers of every weight that are looked at.
 
     Attributes:
-        structure: modules, hooks, adapters and settings.
+        structure: modules, their hooks and settings.
         sampled: bytes of the numbers, weight by weight.
     """
 
@@ -93,8 +93,8 @@ def identity(model: nn.Module, layout: Any) -> str:
     kept = Fingerprint(model)
     digest = hashlib.sha256(kept.sampled)
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    adapters = [repr(state) for state in (_adapter_state(module) for module in model.modules()) if state]
-    digest.update(repr((type(model).__name__, shapes, adapters, _settings(model), layout)).encode())
+    modules = [(type(module).__name__, _own_settings(vars(module))) for module in model.modules()]
+    digest.update(repr((shapes, modules, _settings(model), layout)).encode())
     return digest.hexdigest()
 
 
@@ -129,28 +129,23 @@ def _settings(model: nn.Module) -> tuple[str, ...]:
 
 # What says where a model comes from or what `generate` does, not what its KV is.
 UNRELATED = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype")
+PLAIN = (str, int, float, bool, list, dict, tuple, type(None))
+# What every module has: its parts, looked at elsewhere, and its mode, which the engine sees to.
+OF_EVERY_MODULE = {*vars(nn.Module()), "_is_hf_initialized"}
 
 
 def _plain(settings: dict[str, Any]) -> list[tuple[str, Any]]:
-    plain = (str, int, float, bool, list, dict, tuple, type(None))
-    return sorted((k, v) for k, v in settings.items() if k not in UNRELATED and isinstance(v, plain))
+    return sorted((k, v) for k, v in settings.items() if k not in UNRELATED and isinstance(v, PLAIN))
 
 
 def _module_state(module: nn.Module) -> tuple[Any, ...]:
-    """Which module, what is hung on it, and its adapters."""
+    """Which module, what is hung on it, and its own settings: of an adapter whether it is on, merged, and its scale."""
+    own = vars(module)
     hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-    return (id(module), type(module), hooks, id(vars(module).get("forward")), _adapter_state(module))
+    return (id(module), type(module), type(module).forward, hooks, id(own.get("forward")), *_own_settings(own))
 
 
-def _adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
-    """Of a PEFT layer: adapters that are on, merged or off, and their scales."""
-    if not hasattr(module, "merged_adapters"):
-        return None
-    return tuple(_adapter_values(module))
-
-
-def _adapter_values(module: nn.Module) -> Iterator[Any]:
-    yield tuple(getattr(module, "active_adapters", ()))
-    yield tuple(module.merged_adapters)
-    yield getattr(module, "disable_adapters", False)
-    yield tuple(sorted(getattr(module, "scaling", {}).items()))
+def _own_settings(own: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}={value!r}" for name, value in own.items() if name not in OF_EVERY_MODULE and isinstance(value, PLAIN)
+    ]
