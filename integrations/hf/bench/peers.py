@@ -29,14 +29,12 @@ class Peer(Protocol):
 
 
 class Paged:
-    """hf_paged's engine, with its own defaults unless settings are given."""
+    """hf_paged's engine, with its own defaults unless settings are given. Nothing is kept from run to run."""
 
-    name = "hf_paged"
-
-    def __init__(self, model: Any, **settings: Any) -> None:
+    def __init__(self, model: Any, name: str = "hf_paged", **settings: Any) -> None:
         from hf_paged import Engine
 
-        self.engine = Engine(model, **settings)
+        self.name, self.engine = name, Engine(model, **settings)
 
     def warm(self, load: Workload) -> None:
         self.run(load)
@@ -45,6 +43,7 @@ class Paged:
         from hf_paged import SamplingParams
 
         params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in load.lengths]
+        self.engine.forget()
         self.engine.reset_stats()
         start = time.perf_counter()
         outputs = self.engine.generate([list(prompt) for prompt in load.prompts], params)
@@ -63,6 +62,9 @@ class Paged:
             "kv_peak_bytes": stats.kv_bytes_peak,
             "kv_live_peak_bytes": stats.peak_live_bytes,
             "preemptions": stats.preemptions,
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "evictions": stats.evictions,
         }
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         return Run(tokens, seconds, [first - start for first in firsts], tpot, stats.kv_waste, detail)
