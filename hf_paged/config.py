@@ -37,6 +37,10 @@ class EngineConfig:
             `torch.manual_seed` makes runs repeatable.
         prefix_caching: keep the KV of prompts and answers, for requests that begin with the same tokens, until its
             pages are needed.
+        host_cache_bytes: host memory for pages that a model on another device has no room for any more (0: none).
+        disk_cache: a directory for pages that the pool has no room for any more; they outlive the process, and several
+            processes may share it. It holds prompts and their KV in clear.
+        disk_cache_bytes: what its files may have together.
         track_optimum: count what a prefix cache without limits would have found (`EngineStats.optimal_tokens`; it keeps
             all tokens ever served).
         backend: `auto`, `torch` or `triton` for the attention ops. Only the torch ops exist yet.
@@ -51,6 +55,9 @@ class EngineConfig:
     max_sequences: int = 128
     seed: int | None = None
     prefix_caching: bool = True
+    host_cache_bytes: int = 0
+    disk_cache: str | os.PathLike | None = None
+    disk_cache_bytes: int = 4 << 30
     track_optimum: bool = False
     backend: str = "auto"
     check: bool = False
@@ -68,6 +75,11 @@ class EngineConfig:
         require(ok, "memory_fraction", value, "a number over 0 and up to 1, or None")
         both = self.num_pages is not None and self.memory_fraction is not None
         require(not both, "memory_fraction", value, f"give it or num_pages ({self.num_pages}), not both")
+        for name in ("host_cache_bytes", "disk_cache_bytes"):
+            value = getattr(self, name)
+            require(_is_int(value) and value >= 0, name, value, "an integer of at least 0")
+        ok = self.disk_cache is None or isinstance(self.disk_cache, str | os.PathLike)
+        require(ok, "disk_cache", self.disk_cache, "a path or None")
         require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
         for name in ("prefix_caching", "track_optimum", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")

@@ -21,10 +21,12 @@ from hf_paged.request import Request, Row, RowHooks
 from hf_paged.roster import Roster
 from hf_paged.sampling import SampleResult, sample
 from hf_paged.scheduler import Decision, Limits, decide
+from hf_paged.second_tier import SecondTier
 from hf_paged.stats import EngineStats, Optimum, Recorder
 from hf_paged.store import KVStore
 from hf_paged.supply import Supply
 from hf_paged.text import Decode
+from hf_paged.tiers import Tier
 
 Forward = Callable[[StepPlan], torch.Tensor]
 
@@ -47,6 +49,7 @@ class EngineCore:
         decode: token ids → text, for stop strings; None: they are refused.
         encode: text → token ids, for bad words; None: they are refused.
         device: where plans go.
+        tiers: where pages go that the prefix cache gives up, the fastest first.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class EngineCore:
         decode: Decode | None = None,
         encode: Callable[[str], list[int]] | None = None,
         device: torch.device | str = "cpu",
+        tiers: Sequence[Tier] = (),
     ) -> None:
         self.forward, self.store, self.settings = forward, store, settings
         self.decode, self.encode, self.device = decode, encode, device
         self.memory = Memory(store.num_pages, store.page_size, settings.prefix_caching)
         self.supply = Supply(self.memory)
+        self.second = SecondTier(self.memory, store, tiers) if tiers else None
         self.capacity = Capacity(settings.max_model_len, store.num_pages, store.page_size, settings.vocab_size)
         self.recorder = Recorder(store.bytes_per_page, store.page_size)
         self.roster = Roster(self.memory, store)
@@ -181,9 +186,15 @@ class EngineCore:
         if self.memory.prefixes is not None:
             self.memory.prefixes.evictions = 0
 
-    def forget(self) -> None:
-        """Forget all KV: the model is not what it was. Rows that run compute theirs again."""
+    def forget(self, identity: str = "") -> None:
+        """Forget all KV: the model is not what it was. Rows that run compute theirs again.
+
+        Args:
+            identity: by which tiers are to know its KV from now on.
+        """
         self.roster.forget()
+        if self.second is not None:
+            self.second.forget(identity)
 
     def check(self) -> None:
         """Verify the laws of memory, and that every sequence belongs to a running row."""
@@ -206,11 +217,18 @@ class EngineCore:
                 self.optimum.admit(work.row)
             first = work.row.request.metrics.first_scheduled_time is None
             self.roster.admit(work.row, work.found, now)
+            restored = self._restore(work.row)
             cached = work.row.sequence.computed
-            self.recorder.add(cached_tokens=cached)
+            self.recorder.add(cached_tokens=cached, restored_tokens=restored)
             if first:
                 work.row.request.metrics.cached_tokens = cached
         self.recorder.add(preemptions=len(decision.preempted))
+
+    def _restore(self, row: Row) -> int:
+        """Tokens of a row just admitted whose KV came back from a second tier."""
+        if self.second is None or not row.reuses:
+            return 0
+        return self.second.restore(row.sequence, self.recorder.tokens_per_second)
 
     def _reserve(self, decision: Decision) -> list[PlanRow]:
         """Pages for the work. Forks share pages, so `decide` had estimates: a row that gets none sits this step out."""
@@ -231,7 +249,7 @@ class EngineCore:
         plan = build_plan(work, self.memory.page_size, self.device, self.settings.backend)
         begun = time.perf_counter()
         logits = self.forward(plan)
-        self.recorder.forward_seconds += time.perf_counter() - begun
+        self.recorder.forward(plan.tokens, time.perf_counter() - begun)
         return logits
 
     def _conclude(self, work: list[PlanRow], logits: torch.Tensor, result: StepResult) -> None:

@@ -7,7 +7,8 @@ SOSP 2023. Nothing here touches a tensor: a copy of a page is a value that the c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hf_paged.pages import OutOfPages, PagePool
@@ -156,6 +157,16 @@ class Memory:
         if 0 < missing <= self.pool.idle:
             self.prefixes.evict(missing)
         return self.pool.take(n)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[list[int]]:
+        """A list for pages taken from the pool: they are released at the end, whatever happens."""
+        pages: list[int] = []
+        try:
+            yield pages
+        finally:
+            for page in pages:
+                self.pool.release(page)
 
     def commit(self, sequence: Sequence, count: int) -> None:
         """Note that KV of the next `count` tokens is stored."""

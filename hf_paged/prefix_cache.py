@@ -7,13 +7,18 @@ the node where their tail begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from hf_paged.pages import PagePool
 from hf_paged.radix import Node, RadixTree
 from hf_paged.sequence import Sequence
+
+if TYPE_CHECKING:
+    from hf_paged.prefix_files import PrefixPage
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,7 @@ class Found:
     def whole_pages(self) -> Found:
         """The same without a page that only part of is shared."""
         depth = self.node.depth
-        size = len(self.node.tokens) or 1
-        return Found(depth * size, self.pages[:depth], self.node)
+        return Found(depth * len(self.node.tokens), self.pages[:depth], self.node)
 
 
 class PrefixCache:
@@ -118,13 +122,35 @@ class PrefixCache:
         self.leave(sequence)
         self._changing = False
 
-    def _add(self, node: Node, tokens: list[int], page: int) -> Node:
+    def _add(self, node: Node, tokens: Many[int], page: int) -> Node:
         child, dropped = self.tree.extend(node, tuple(tokens), page)
         if dropped is not None:
             self.pool.drop(dropped)
         if child.page == page:
             self.pool.keep(page)
         return child
+
+    def adopt(self, entries: Iterable[PrefixPage], pages: dict[int, int]) -> int:
+        """Add pages that hold saved KV.
+
+        Args:
+            entries: parents first.
+            pages: page of each entry that is to be added, by its number. Whoever took them releases them afterwards.
+        Returns:
+            tokens added.
+        """
+        self._changing = True
+        nodes: list[Node | None] = []
+        before = self.tree.tokens
+        for number, entry in enumerate(entries):
+            parent = self.tree.root(entry.salt) if entry.parent < 0 else nodes[entry.parent]
+            if parent is not None and number in pages:
+                nodes.append(self._add(parent, entry.tokens, pages[number]))
+                self.tree.touch(nodes[-1])
+            else:
+                nodes.append(parent and self.tree.child(parent, entry.tokens))
+        self._changing = False
+        return self.tree.tokens - before
 
     def discard(self, sequence: Sequence) -> None:
         """Forget what `sequence` computed, and all that was computed behind it: it went wrong."""

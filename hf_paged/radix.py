@@ -25,7 +25,7 @@ class Node:
     """KV of up to a page of tokens behind those of its ancestors.
 
     Attributes:
-        tokens: 1 to `page_size` token ids; fewer than `page_size` only in a leaf. A root has none.
+        tokens: 1 to `page_size` token ids; fewer than `page_size` only in a leaf. A root has its salt instead.
         page: where their KV is.
         depth: pages from the root to this one, itself included.
         keys, children: tokens of its children, in order, and the children.
@@ -45,6 +45,14 @@ class Node:
         self.hits = 0
         self.gone = False
         self.tails: set | None = None
+
+    @property
+    def salt(self) -> Hashable:
+        """Under which it stands."""
+        node = self
+        while node.parent is not None:
+            node = node.parent
+        return node.tokens[0]
 
     def path(self) -> list[Node]:
         """From the root's child down to this node."""
@@ -110,7 +118,7 @@ class RadixTree:
             if len(self._roots) >= self._sweep_at:  # salts that are used no more
                 self._roots = {name: root for name, root in self._roots.items() if root.children or root.tails}
                 self._sweep_at = 2 * len(self._roots) + SALTS
-            root = self._roots[salt] = Node((), 0, None, 0)
+            root = self._roots[salt] = Node((salt,), 0, None, 0)
         return root
 
     def match(self, tokens: Sequence[int], salt: Hashable = None) -> Match:
@@ -147,6 +155,11 @@ class RadixTree:
         """Note that a match that ends at `node` is used."""
         node.hits += 1
         self.touch(node)
+
+    def child(self, node: Node, tokens: tuple[int, ...]) -> Node | None:
+        """The node behind `node` that has all of `tokens`, which fit a page."""
+        child, common = _nearest(node, tokens)
+        return child if common == len(tokens) else None
 
     def extend(self, node: Node, tokens: tuple[int, ...], page: int) -> tuple[Node, int | None]:
         """Add `page`, which holds the KV of `tokens` behind `node`, unless they are known.
@@ -236,10 +249,6 @@ class RadixTree:
     def roots(self) -> list[Node]:
         """The root of every salt."""
         return list(self._roots.values())
-
-    def salts(self) -> list[tuple[Hashable, Node]]:
-        """Salts and their roots."""
-        return list(self._roots.items())
 
     def __iter__(self) -> Iterator[Node]:
         """All nodes but roots, parents before children."""

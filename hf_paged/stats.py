@@ -71,6 +71,7 @@ class EngineStats:
         return self.peak_pages * self.page_bytes
 
 
+LONG_STEP = 64
 COUNTED = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "rows", "preemptions", "restored_tokens")
 
 
@@ -86,10 +87,18 @@ class Recorder:
         self.forward_seconds = self.step_seconds = 0.0
         self.peak_running = self.peak_pages = self.peak_live = 0
         self._slots = self._empty = 0
+        self.tokens_per_second: float | None = None  # of steps long enough to tell
 
     def add(self, **counts: int) -> None:
         for name, value in counts.items():
             self.counts[name] += value
+
+    def forward(self, tokens: int, seconds: float) -> None:
+        """Note a forward over `tokens` tokens."""
+        self.forward_seconds += seconds
+        if tokens >= LONG_STEP and seconds > 0:
+            latest, before = tokens / seconds, self.tokens_per_second
+            self.tokens_per_second = latest if before is None else before + (latest - before) / 4
 
     def memory(self, running: int, used_pages: int, live_tokens: int) -> None:
         """Note pages in use and distinct live tokens in them, once a step."""

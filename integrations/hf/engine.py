@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +16,15 @@ from hf_paged.engine import EngineCore, StepResult
 from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
 from hf_paged.integrations.prompts import Prompt, listed, refused
-from hf_paged.integrations.sizing import core_settings, pool_pages
+from hf_paged.integrations.sizing import core_settings, make_tiers, pool_pages
 from hf_paged.integrations.summary import TreeSummary, summarise
-from hf_paged.integrations.validity import Validity
+from hf_paged.integrations.validity import Validity, identity
 from hf_paged.kernels import choose_backend
+from hf_paged.memory import Memory
 from hf_paged.outputs import RequestOutput, TokenEvent
 from hf_paged.params import SamplingParams
 from hf_paged.request import Request, Row
+from hf_paged.saved import load_prefixes, save_prefixes
 from hf_paged.seeds import draw_seed, mix_seed
 from hf_paged.stats import EngineStats
 from hf_paged.store import KVStore
@@ -88,6 +92,7 @@ class Engine:
             decode=self._decode if self.tokenizer is not None else None,
             encode=self._encode if self.tokenizer is not None else None,
             device=self.facts.device,
+            tiers=make_tiers(config, self.facts, self.store, self._identity),
         )
 
     # -- whole calls
@@ -212,7 +217,46 @@ class Engine:
         """
         with self.lock:
             self.forward.refresh()
-            self.core.forget()
+            self.core.forget(self._identity() if self.core.second is not None else "")
+
+    def save_prefixes(self, path: str | os.PathLike) -> Path:
+        """Write all kept prefixes to a file of safetensors, for `load_prefixes` in another process.
+
+        The file holds their tokens and KV in clear.
+
+        Args:
+            path: the file, or a directory, which gets `prefixes.safetensors`.
+        Returns:
+            the file.
+        Raises:
+            ValueError: prefix caching is off.
+            OSError: the file cannot be written; what was there before still is.
+        """
+        with self.lock:
+            self.begin()
+            return save_prefixes(self._prefix_memory(), self.store, path, self._identity())
+
+    def load_prefixes(self, path: str | os.PathLike) -> int:
+        """Add the prefixes of a file that `save_prefixes` wrote, as far as pages are free.
+
+        Returns:
+            tokens added.
+        Raises:
+            ValueError: prefix caching is off, or the file is refused (`PrefixFileRefused`): it is damaged, or from
+                other weights, another dtype or page size. Nothing has changed.
+        """
+        with self.lock:
+            self.begin()
+            return load_prefixes(self._prefix_memory(), self.store, path, self._identity())
+
+    def _prefix_memory(self) -> Memory:
+        if self.core.memory.prefixes is None:
+            raise ValueError("prefix_caching=False: this engine keeps no prefixes")
+        return self.core.memory
+
+    def _identity(self) -> str:
+        """Names the model's KV, in any process."""
+        return identity(self._model())
 
     def check(self) -> None:
         """Verify the laws of memory; raises AssertionError where one does not hold."""

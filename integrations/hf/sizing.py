@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from hf_paged.config import CoreSettings, EngineConfig, available_memory
+from hf_paged.config import CoreSettings, EngineConfig, available_memory, require
 from hf_paged.integrations.inspect import ModelFacts
 from hf_paged.store import KVStore
+from hf_paged.tier_disk import DiskTier
+from hf_paged.tier_host import HostTier
+from hf_paged.tiers import Tier
 
 
 def pool_pages(config: EngineConfig, facts: ModelFacts) -> int:
@@ -34,3 +39,21 @@ def core_settings(config: EngineConfig, facts: ModelFacts) -> CoreSettings:
         prefix_caching=config.prefix_caching,
         track_optimum=config.track_optimum,
     )
+
+
+def make_tiers(config: EngineConfig, facts: ModelFacts, store: KVStore, identity: Callable[[], str]) -> list[Tier]:
+    """Where pages go that the prefix cache has no room for any more, the fastest first.
+
+    Raises:
+        ValueError: a tier is asked for that cannot be.
+    """
+    tiers: list[Tier] = []
+    for name, asked in (("host_cache_bytes", config.host_cache_bytes), ("disk_cache", config.disk_cache)):
+        require(not asked or config.prefix_caching, name, asked, "prefix_caching is False, so that nothing is kept")
+    if config.host_cache_bytes:
+        wrong = "the model's own KV is in host memory: give its pool more room (memory_fraction, num_pages)"
+        require(facts.device.type != "cpu", "host_cache_bytes", config.host_cache_bytes, wrong)
+        tiers.append(HostTier(store, config.host_cache_bytes))
+    if config.disk_cache is not None:
+        tiers.append(DiskTier(store, config.disk_cache, config.disk_cache_bytes, identity()))
+    return tiers

@@ -15,7 +15,7 @@ class PrefixLine:
     Attributes:
         tokens: from the root to its end.
         own: of these, those of this stretch.
-        uses: matches that ended here or below.
+        uses: matches that ended in it or below.
         below: tokens of all that follows it.
         salt: under which it stands.
         text: its last tokens, decoded or as ids.
@@ -61,10 +61,10 @@ def summarise(tree: RadixTree, decode: Callable[[list[int]], str] | None, limit:
         width: characters of text a line.
     """
     found = []
-    for root, salt in ((root, salt) for salt, root in tree.salts()):
+    for root in tree.roots():
         below, uses = _sums(root)
-        for node in (n for child in root.children for n in _ends(child)):
-            found.append((uses[node], node, salt, below[node]))
+        for first, last in (stretch for child in root.children for stretch in _stretches(child)):
+            found.append((uses[first], last, root.salt, below[last]))
     found.sort(key=lambda entry: -entry[0])
     lines = [_line(*entry, decode, width) for entry in found[:limit]]
     return TreeSummary(tree.nodes, tree.tokens, tuple(lines))
@@ -84,15 +84,15 @@ def _sums(root: Node) -> tuple[dict[Node, int], dict[Node, int]]:
     return below, uses
 
 
-def _ends(node: Node) -> list[Node]:
-    """The last node of every stretch from `node` down: where it branches, or ends."""
+def _stretches(node: Node) -> list[tuple[Node, Node]]:
+    """The first and the last node of every stretch from `node` down: it ends where it branches, or is a leaf."""
     out, stack = [], [node]
     while stack:
-        node = stack.pop()
-        while len(node.children) == 1:
-            node = node.children[0]
-        out.append(node)
-        stack.extend(node.children)
+        first = last = stack.pop()
+        while len(last.children) == 1:
+            last = last.children[0]
+        out.append((first, last))
+        stack.extend(last.children)
     return out
 
 

@@ -88,13 +88,13 @@ class Validity:
         self._sampled = _read(self._views)
 
 
-def identity(model: nn.Module, layout: Any) -> str:
-    """A name for the KV of `model` that another process gives it too: weights, settings and `layout`."""
+def identity(model: nn.Module) -> str:
+    """A name for the KV of `model` that another process gives it too: from its weights and settings."""
     kept = Fingerprint(model)
     digest = hashlib.sha256(kept.sampled)
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     modules = [(type(module).__name__, _own_settings(vars(module))) for module in model.modules()]
-    digest.update(repr((shapes, modules, _settings(model), layout)).encode())
+    digest.update(repr((shapes, modules, _settings(model))).encode())
     return digest.hexdigest()
 
 

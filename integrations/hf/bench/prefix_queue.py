@@ -1,4 +1,4 @@
-"""Traces through scheduler and memory, without a model: which tokens are found, in which order, from how large a pool."""
+"""Traces through scheduler and memory, without a model: what is found, in which order, from how large a pool."""
 
 from __future__ import annotations
 
