@@ -72,6 +72,19 @@ def _take(path: str | Path, field: str, count: int | None) -> list[Any]:
     return values
 
 
+def read_column(path: str | Path, field: str, count: int | None = None) -> list[list[int]]:
+    """Read a field that holds lists of whole numbers.
+
+    Raises:
+        BadInput: on a file or field that cannot be used.
+    """
+    values = _take(path, field, count)
+    for row, value in enumerate(values, 1):
+        if not isinstance(value, list) or not value or not all(type(n) is int and n >= 0 for n in value):
+            raise BadInput(f"{path}: {field} of row {row} is no list of whole numbers")
+    return values
+
+
 def read_prompts(path: str | Path, field: str, template: str | None = None, count: int | None = None) -> list[str]:
     """Read prompts from a file.
 

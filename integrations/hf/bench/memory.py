@@ -77,7 +77,8 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         loaded.model(torch.tensor([work.prompts[0]]), use_cache=False)
     with PeakMemory() as memory:
-        peer = Paged(loaded.model, **order["settings"])
+        # What a prefix cache keeps is no need of the requests that run: it goes when its pages are needed.
+        peer = Paged(loaded.model, **order["settings"], prefix_caching=False)
         run = peer.run(work)
         peer.close()
     live = run.detail["kv_live_peak_bytes"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, demo, generate, info
+from hf_paged.integrations.cli import bench, bench_prefix, demo, generate, info
 
 app = typer.Typer(
     name="hf-paged",
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
+bench.app.command(name="prefix")(bench_prefix.prefix)
 app.add_typer(bench.app, name="bench")
 
 

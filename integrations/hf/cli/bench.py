@@ -1,4 +1,4 @@
-"""`hf-paged bench`: throughput, latency and memory."""
+"""`hf-paged bench`: throughput, latency and memory; `bench_prefix.py` has the fourth."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def throughput(
 
     settings = settings_of(locals())
     names = check_peers(peers)
-    loaded = _load(model, dtype, device, threads, names, vllm_python, json_out)
+    loaded = load_model(model, dtype, device, threads, names, vllm_python, json_out)
     load = prepare(loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output)
     with Bar() as bar:
         report = run_throughput(
@@ -115,7 +115,7 @@ def throughput(
         show_throughput(report)
         if memory:
             show_memory(report["memory"])
-    _write(report, json_out)
+    write_report(report, json_out)
 
 
 @app.command()
@@ -151,7 +151,7 @@ def latency(
 
     settings = settings_of(locals())
     names = check_peers(peers, ("hf", "vllm"))
-    loaded = _load(model, dtype, device, threads, names, vllm_python, json_out)
+    loaded = load_model(model, dtype, device, threads, names, vllm_python, json_out)
     load = prepare(loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output)
     with Bar() as bar:
         report = run_latency(
@@ -159,7 +159,7 @@ def latency(
         )
     if json_out != "-":
         show_latency(report)
-    _write(report, json_out)
+    write_report(report, json_out)
 
 
 @app.command()
@@ -188,15 +188,15 @@ def memory(
     from hf_paged.integrations.cli.tables import show_memory
 
     settings = settings_of(locals())
-    loaded = _load(model, dtype, "cpu", None, (), None, json_out)
+    loaded = load_model(model, dtype, "cpu", None, (), None, json_out)
     load = prepare(loaded, dataset, field, template, requests, output_lengths, lengths_field, max_output)
     report = measure_elsewhere(loaded.name, dtype, load, settings)
     if json_out != "-":
         show_memory(report)
-    _write(report, json_out)
+    write_report(report, json_out)
 
 
-def _load(
+def load_model(
     model: str | None,
     dtype: str,
     device: str | None,
@@ -220,7 +220,7 @@ def _load(
     return load(model, dtype, device)
 
 
-def _write(report: dict[str, Any], json_out: str | None) -> None:
+def write_report(report: dict[str, Any], json_out: str | None) -> None:
     for peer, why in report.get("skipped", {}).items():
         complain(f"peer {peer} was left out: {why}")
     if json_out is not None:
