@@ -99,7 +99,7 @@ class Memory:
                     self.pool.share(page)
                 sequence.computed, sequence.found = found.length, found.node.depth
                 if found.length:
-                    self.prefixes.tree.hit(found.node)
+                    found.node.hits += 1
             behind = found.node if sequence.found else self.prefixes.tree.root(salt)
             self.prefixes.enter(sequence, behind)
         return sequence

@@ -89,6 +89,7 @@ class PrefixCache:
         while node.depth * self.page_size > sequence.computed:
             node = node.parent
         if node is not sequence.node:
+            self.tree.touch(sequence.node)
             self.leave(sequence)
             self.enter(sequence, node)
 
@@ -107,7 +108,6 @@ class PrefixCache:
                 self.pool.share(node.page)
                 self.pool.release(sequence.pages[at])
                 sequence.pages[at] = node.page
-        self.tree.touch(node)
         self.enter(sequence, node)
         self._changing = False
 
@@ -213,6 +213,9 @@ class PrefixCache:
                     sequence.node, sequence.found = self.tree.root(sequence.salt), 0
                 self.enter(sequence, sequence.node)
                 self.step_back(sequence)
+        for node in list(self.tree):
+            if node.use is None and not node.children:  # its sequence may be gone
+                self.tree.touch(node)
         self._changing = False
 
     def check(self, sequences: set[Sequence]) -> None:
@@ -227,6 +230,8 @@ class PrefixCache:
         known = {s: node for node in chain(self.tree.roots(), self.tree) for s in node.tails or ()}
         if known != {s: s.node for s in sequences if s.node is not None}:
             raise AssertionError("a sequence is not known at its node, or at another")
+        if any(n.use is None and not n.children and self._unused(n.page) for n in self.tree):
+            raise AssertionError("an idle page cannot be evicted")
         for s, node in known.items():
             path = node.path()
             if [n.page for n in path] != s.pages[: len(path)]:

@@ -13,10 +13,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 
-# Entries of the eviction heap that may be out of date, over the number of nodes, before it is made anew.
-STALE = 4
+from hf_paged.eviction import EvictionQueue, Use
+
 # Roots before those under which nothing hangs are looked for.
 SALTS = 64
 
@@ -29,17 +28,20 @@ class Node:
         page: where their KV is.
         depth: pages from the root to this one, itself included.
         keys, children: tokens of its children, in order, and the children.
-        used: the tree's clock when a match or an insertion last ended here, or below on a node that is gone.
+        use: the last request that used it and has ended; None: none has.
+        key: a hash of the tokens from the root on.
         hits: matches that were used and ended here, or below on a node that is gone.
         gone: whether the tree has let go of it.
         tails: whatever its owner hangs here (running sequences whose next page begins behind this one), or None.
     """
 
-    __slots__ = ("tokens", "page", "parent", "depth", "keys", "children", "used", "hits", "gone", "tails")
+    __slots__ = ("tokens", "page", "parent", "depth", "keys", "children", "use", "key", "hits", "gone", "tails")
 
-    def __init__(self, tokens: tuple[int, ...], page: int, parent: Node | None, used: int) -> None:
-        self.tokens, self.page, self.parent, self.used = tokens, page, parent, used
+    def __init__(self, tokens: tuple[int, ...], page: int, parent: Node | None) -> None:
+        self.tokens, self.page, self.parent = tokens, page, parent
         self.depth = parent.depth + 1 if parent is not None else 0
+        self.key = hash((parent.key if parent is not None else 0, tokens))
+        self.use: Use | None = None
         self.keys: list[tuple[int, ...]] = []
         self.children: list[Node] = []
         self.hits = 0
@@ -100,16 +102,15 @@ class RadixTree:
 
     Args:
         page_size: tokens a page.
+        learn: whether eviction learns what returns; False: least recently used first.
     """
 
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self, page_size: int, learn: bool = True) -> None:
+        self.page_size, self.learn = page_size, learn
         self.nodes = self.tokens = 0
         self._roots: dict[Hashable, Node] = {}
         self._sweep_at = SALTS
-        self._clock = 0
-        self._heap: list[tuple[int, int, Node]] = []  # leaves by last use; entries may be out of date
-        self._pushed = 0
+        self._queue = EvictionQueue(learn)
 
     def root(self, salt: Hashable = None) -> Node:
         """The node above all prefixes of a salt."""
@@ -118,7 +119,7 @@ class RadixTree:
             if len(self._roots) >= self._sweep_at:  # salts that are used no more
                 self._roots = {name: root for name, root in self._roots.items() if root.children or root.tails}
                 self._sweep_at = 2 * len(self._roots) + SALTS
-            root = self._roots[salt] = Node((salt,), 0, None, 0)
+            root = self._roots[salt] = Node((salt,), 0, None)
         return root
 
     def match(self, tokens: Sequence[int], salt: Hashable = None) -> Match:
@@ -143,18 +144,9 @@ class RadixTree:
         return Match(length, pages, node, last)
 
     def touch(self, node: Node) -> None:
-        """Note that the prefix that ends at `node` is used: it is the last to be evicted."""
-        if node.parent is None:
-            return
-        self._clock += 1
-        node.used = self._clock
-        if not node.children:
-            self._push(node)
-
-    def hit(self, node: Node) -> None:
-        """Note that a match that ends at `node` is used."""
-        node.hits += 1
-        self.touch(node)
+        """Note that the prefix that ends at `node` was used. Before its first use a node cannot be evicted."""
+        if node.parent is not None:
+            self._queue.use(node)
 
     def child(self, node: Node, tokens: tuple[int, ...]) -> Node | None:
         """The node behind `node` that has all of `tokens`, which fit a page."""
@@ -175,7 +167,7 @@ class RadixTree:
         if child is not None and common == len(child.tokens):
             dropped = child.page
             self._remove(child)
-        child = Node(tokens, page, node, self._clock)
+        child = Node(tokens, page, node)
         at = bisect_left(node.keys, tokens)
         node.keys.insert(at, tokens)
         node.children.insert(at, child)
@@ -210,12 +202,11 @@ class RadixTree:
         gone, parent = list(_below([node])), node.parent
         for each in reversed(gone):
             self._remove(each)
-        if parent.parent is not None and not parent.children:
-            self._push(parent)
+        self._requeue(parent)
         return gone
 
     def evict(self, count: int, free: Callable[[int], bool]) -> list[Node]:
-        """Let go of up to `count` nodes, least recently used leaves first, in O(log n) each.
+        """Let go of up to `count` nodes, leaves first, those least likely to be used again (see `EvictionQueue`).
 
         Args:
             free: whether nobody else holds a page. Others are passed over, with all their ancestors.
@@ -224,26 +215,21 @@ class RadixTree:
         """
         gone: list[Node] = []
         held: list[Node] = []
-        while self._heap and len(gone) < count:
-            used, _, node = heappop(self._heap)
-            if node.gone or node.children or node.used != used:
-                continue  # gone, no leaf, or used since: a later entry stands for it
+        while len(gone) < count and (node := self._queue.pop()) is not None:
             if not free(node.page):
                 held.append(node)
                 continue
-            parent = node.parent
             gone.append(node)
             self._remove(node)
-            if parent.parent is not None and not parent.children:
-                self._push(parent)
+            self._requeue(node.parent)
         for node in held:
-            self._push(node)
+            self._queue.push(node)
         return gone
 
     def clear(self) -> list[Node]:
         """Forget everything. Returns what was known."""
         nodes = list(self)
-        self.__init__(self.page_size)
+        self.__init__(self.page_size, self.learn)
         return nodes
 
     def roots(self) -> list[Node]:
@@ -262,7 +248,7 @@ class RadixTree:
         """
         found = list(self)
         pages = [node.page for node in found]
-        queued = {(node, used) for used, _, node in self._heap}
+        queued = self._queue.queued()
         assert len(set(pages)) == len(pages), "a page stands at two nodes"
         assert (len(found), sum(len(node.tokens) for node in found)) == (self.nodes, self.tokens), "miscounted"
         for node in [*self._roots.values(), *found]:
@@ -274,7 +260,7 @@ class RadixTree:
             assert 1 <= len(node.tokens) <= self.page_size, f"a node of {len(node.tokens)} tokens"
             full = len(node.tokens) == self.page_size
             assert full or not node.children, "children behind a page that is not full"
-            assert node.children or (node, node.used) in queued, "a leaf cannot be evicted"
+            assert node.children or node.use is None or node in queued, "a leaf cannot be evicted"
 
     # -- inside
 
@@ -282,19 +268,16 @@ class RadixTree:
         parent = node.parent
         at = bisect_left(parent.keys, node.tokens)
         del parent.keys[at], parent.children[at]
-        # What was used below was used through its parent, which may now be the next to go.
-        parent.used = max(parent.used, node.used)
         parent.hits += node.hits
         node.gone = True
         self.nodes -= 1
         self.tokens -= len(node.tokens)
+        self._queue.removed(node, self.nodes)
 
-    def _push(self, leaf: Node) -> None:
-        self._pushed += 1
-        heappush(self._heap, (leaf.used, self._pushed, leaf))
-        if len(self._heap) > STALE * self.nodes + 64:
-            self._heap = [(n.used, i, n) for i, n in enumerate(self) if not n.children]
-            heapify(self._heap)
+    def _requeue(self, node: Node) -> None:
+        """`node` has lost a child: it may be a leaf now."""
+        if node.parent is not None and not node.children and node.use is not None:
+            self._queue.push(node, bared=True)
 
 
 def _below(nodes: list[Node]) -> Iterator[Node]:

@@ -54,7 +54,7 @@ class Pair:
     """A tree and its model, driven together."""
 
     def __init__(self, page_size: int) -> None:
-        self.tree, self.model, self.next_page = RadixTree(page_size), Naive(page_size), 1
+        self.tree, self.model, self.next_page = RadixTree(page_size, learn=False), Naive(page_size), 1
 
     def match(self, tokens: tuple[int, ...], touch: bool) -> None:
         found = self.tree.match(tokens)
