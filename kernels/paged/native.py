@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from hf_paged.kernels.groups import Groups
+
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 # Sums may be reordered, but infinities stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
@@ -31,6 +33,10 @@ class NativeOps:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
         self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _I, _F, _P]
+        self._grouped = library.grouped_attention
+        self._grouped.argtypes = (
+            [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _F, _P, _P, _P, _I, _P, _I] + [_P] * 2
+        )
         self._norm.argtypes, self._norm.restype = [_P, _P, _P, _F, _I, _I], None
         self._silu_mul = library.silu_mul
         self._silu_mul.argtypes, self._silu_mul.restype = [_P, _P, _I, _I], None
@@ -68,6 +74,43 @@ class NativeOps:
         )
         if failed:
             raise MemoryError(f"no memory for the scores of {rows} rows of up to {int(context.max())} tokens")
+        return out
+
+    def grouped(self, query, key_pages, value_pages, table, line_of, context, scale, softcap, sinks, groups: Groups):
+        """As `attention`, with the slots of `groups` computed for many queries at once. Without windows."""
+        rows, heads, dim = query.shape
+        _, kv_heads, size, value_dim = value_pages.shape
+        query, out = _lines(query), query.new_empty(rows, heads, value_dim)
+        sinks = None if sinks is None else sinks.detach().float().contiguous()
+        failed = self._grouped(
+            out.data_ptr(),
+            query.data_ptr(),
+            query.stride(0),
+            key_pages.data_ptr(),
+            value_pages.data_ptr(),
+            table.ctypes.data,
+            table.shape[1],
+            line_of.ctypes.data,
+            context.ctypes.data,
+            rows,
+            heads,
+            kv_heads,
+            dim,
+            value_dim,
+            size,
+            scale,
+            softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+            groups.own.ctypes.data,
+            groups.segments.ctypes.data,
+            len(groups.segments),
+            groups.members.ctypes.data,
+            len(groups.members),
+            groups.part_start.ctypes.data,
+            groups.parts.ctypes.data,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the parts of {rows} rows, {len(groups.members)} of them shared")
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -24,6 +24,7 @@ class PagedRows:
         page_table: int64 `[rows, max_pages]`, page of each `page_size` tokens; 0 behind a row's last.
         slots: int64 `[tokens]` on the model's device: `page * page_size + offset` of each token.
         backend: `torch` keeps to torch's own ops; `auto` takes compiled ones where there are any.
+        grouped: whether what many queries see is computed once for all of them, where an op can (see `groups.py`).
     """
 
     page_size: int
@@ -33,6 +34,7 @@ class PagedRows:
     page_table: np.ndarray
     slots: torch.Tensor
     backend: str = "auto"
+    grouped: bool = True
     _derived: dict = field(default_factory=dict, repr=False)
 
     def derived(self, key: object, make: Callable[[], T]) -> T:

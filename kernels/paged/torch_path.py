@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
+from hf_paged.kernels.groups import Groups, build_groups
 from hf_paged.kernels.native import NativeOps, native_ops
 from hf_paged.kernels.rows import PagedRows
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
@@ -22,6 +23,10 @@ def paged_attention(
     native, n = _native(query, key_pages, rows), rows.num_decodes
     if native is not None:
         table, (line_of, context) = rows.page_table, rows.derived("queries", lambda: _queries(rows))
+        groups = _groups(rows, context, window)
+        if groups is not None:
+            at = table, line_of, context
+            return native.grouped(query, key_pages, value_pages, *at, scale, softcap, sinks, groups)
         # Few slots a query: one pass over pages beats setting up dense products a row. Long contexts take the products.
         n = len(query) if context.max() <= ONE_BY_ONE else n
         at = table, line_of[:n], context[:n]
@@ -50,6 +55,13 @@ def _native(query: torch.Tensor, key_pages: torch.Tensor, rows: PagedRows) -> Na
     """Compiled ops, where there are any and they serve these tensors."""
     fits = query.device.type == "cpu" and query.dtype == key_pages.dtype == torch.float32 and rows.backend == "auto"
     return native_ops() if fits else None
+
+
+def _groups(rows: PagedRows, context: np.ndarray, window: int | None) -> Groups | None:
+    """What queries share; None where nothing is, or where a window hides some of it from some of them."""
+    if not rows.grouped or (window is not None and context.max() > window):
+        return None
+    return rows.derived("groups", lambda: build_groups(rows))
 
 
 def _queries(rows: PagedRows) -> tuple[np.ndarray, np.ndarray]:

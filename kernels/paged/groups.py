@@ -1,0 +1,129 @@
+"""Which slots many queries of a step see together: attention over these is computed once for all of them.
+
+As Juravsky et al., "Hydragen", 2024, Ye et al., "ChunkAttention", ACL 2024, and the cascade inference of FlashInfer: a
+query's attention over some of its slots is a part, `(weighted values, largest score, sum of exponentials)`, and parts
+are merged by log-sum-exp. Rows that share pages have the same page at the same index of their page tables; sharing
+nests, as in a tree. A prompt's chunk is a group by itself: all its queries see what lies before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_paged.kernels.rows import PagedRows
+
+# Below these a part costs more to merge than it saves (measured on two cores, 6 heads over 2, of 64).
+LEAST_SLOTS, LEAST_QUERIES = 192, 8
+CAUSAL = 64  # queries of a chunk that see the chunk's own tokens before them as a group
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Segments of shared slots, and what is left to each query. All arrays are int64.
+
+    Attributes:
+        own: `[queries]`, first slot that is not in a segment.
+        segments: `[n, 5]`: line of the page table, first slot, last slot + 1, first member, members.
+        members: `[m]`, queries, segment by segment.
+        part_start: `[queries + 1]`, where the places of query `i` among the members begin in `parts`.
+        parts: `[m]`, places among the members, query by query.
+    """
+
+    own: np.ndarray
+    segments: np.ndarray
+    members: np.ndarray
+    part_start: np.ndarray
+    parts: np.ndarray
+
+
+def build_groups(rows: PagedRows) -> Groups | None:
+    """The groups of a step, or None where nothing is shared."""
+    lens, first = rows.query_lens, rows.page_table[:, 0].tolist()
+    # Prompts' chunks that are groups by themselves.
+    chunks = (lens >= LEAST_QUERIES) & (rows.context_lens >= LEAST_SLOTS + LEAST_QUERIES)
+    if not chunks.any() and len(set(first)) == len(first):
+        return None
+    found = _Finder(rows)
+    by_page: dict[int, list[int]] = {}
+    for row, page in enumerate(first):
+        by_page.setdefault(page, []).append(row)
+    for members in by_page.values():
+        if len(members) > 1 or chunks[members[0]]:
+            found.split(members, 0, 0)
+    return found.groups()
+
+
+class _Finder:
+    """Walks down the tree that the page tables form."""
+
+    def __init__(self, rows: PagedRows) -> None:
+        self.size, self.table, self.lens = rows.page_size, rows.page_table, rows.query_lens
+        self.before = rows.context_lens - rows.query_lens  # tokens that all queries of a row see
+        self.start = np.cumsum(rows.query_lens) - rows.query_lens
+        self.own = np.zeros(int(rows.query_lens.sum()), np.int64)
+        self.segments: list[tuple[int, int, int, int, int]] = []
+        self.members: list[np.ndarray] = []
+        self.placed = 0
+
+    def split(self, rows: list[int], page: int, begin: int) -> None:
+        """`rows` share their first `page` pages, of which slots from `begin` on are in no segment yet."""
+        if len(rows) == 1:
+            self._single(rows[0], begin)
+            return
+        at = np.array(rows)
+        full = self.before[at] // self.size  # pages that all queries of a row see whole
+        least = int(full.min())
+        part = self.table[at, page:least]
+        unlike = (part != part[0]).any(0)
+        shared = page + (int(unlike.argmax()) if unlike.any() else part.shape[1])
+        begin = self._segment(rows, begin, shared * self.size)
+        branches: dict[int, list[int]] = {}
+        for row, pages, next_page in zip(rows, full.tolist(), self._pages(at, shared), strict=True):
+            branches.setdefault(next_page if pages > shared else -row, []).append(row)
+        for branch in branches.values():
+            if len(branch) > 1 or self.lens[branch[0]] >= LEAST_QUERIES:
+                self.split(branch, shared, begin)
+
+    def _pages(self, rows: np.ndarray, index: int) -> list[int]:
+        if index >= self.table.shape[1]:
+            return [0] * len(rows)
+        return self.table[rows, index].tolist()
+
+    def _single(self, row: int, begin: int) -> None:
+        """What the queries of one row see together: all before them; of a long chunk what comes before each block."""
+        start, count, before = int(self.start[row]), int(self.lens[row]), int(self.before[row])
+        begin = self._segment([row], begin, before)
+        for block in range(CAUSAL, count, CAUSAL):
+            queries = np.arange(start + block, start + min(block + CAUSAL, count))
+            self._add(row, begin, before + block, queries)
+
+    def _segment(self, rows: list[int], begin: int, end: int) -> int:
+        if end - begin < LEAST_SLOTS:
+            return begin
+        queries = np.concatenate([np.arange(self.start[row], self.start[row] + self.lens[row]) for row in rows])
+        return self._add(rows[0], begin, end, queries)
+
+    def _add(self, line: int, begin: int, end: int, queries: np.ndarray) -> int:
+        """Slots `begin` to `end` for `queries`, if that pays. Returns the first slot that is in no segment."""
+        if end - begin < LEAST_SLOTS or len(queries) < LEAST_QUERIES:
+            return begin
+        self.own[queries] = end
+        self.segments.append((line, begin, end, self.placed, len(queries)))
+        self.members.append(queries)
+        self.placed += len(queries)
+        return end
+
+    def groups(self) -> Groups | None:
+        if not self.segments:
+            return None
+        members = np.concatenate(self.members)
+        counts = np.bincount(members, minlength=len(self.own))
+        return Groups(
+            own=self.own,
+            segments=np.array(self.segments, np.int64),
+            members=members,
+            part_start=np.concatenate([[0], np.cumsum(counts)]),
+            parts=np.argsort(members, kind="stable"),
+        )

@@ -1,0 +1,127 @@
+"""Attention that is computed once for many queries equals that of each query by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hf_paged.kernels import PagedRows, groups, paged_attention, reference
+from hf_paged.kernels.native import native_ops
+
+pytestmark = pytest.mark.skipif(native_ops() is None, reason="no C compiler: nothing is grouped")
+
+
+def scene(rng, page_size, heads, kv_heads, dim, value_dim, shares, lens):
+    """Rows whose tables begin alike: row i has `shares[i]` pages of the row before it, and then some of its own."""
+    tables, context, next_page = [], [], 1
+    for i, (share, length) in enumerate(zip(shares, lens, strict=True)):
+        known = tables[i - 1][:share] if i else []
+        own = -(-length // page_size) + int(rng.integers(0, 3))
+        tables.append([*known, *range(next_page, next_page + own)])
+        next_page += own
+        most = len(tables[-1]) * page_size
+        context.append(int(rng.integers(max(len(known) * page_size + 1, length), most + 1)) if i else most)
+        context[-1] = max(context[-1], len(known) * page_size + length)
+    order = sorted(range(len(lens)), key=lambda i: lens[i] > 1)
+    width = max(map(len, tables)) + 1
+    table = np.zeros((len(lens), width), np.int64)
+    for at, i in enumerate(order):
+        table[at, : len(tables[i])] = tables[i]
+    lens, context = np.array([lens[i] for i in order]), np.array([context[i] for i in order])
+    pages = rng.permutation(next_page - 1) + 1
+    table[table > 0] = pages[table[table > 0] - 1]
+    shape = (next_page + 2, kv_heads, page_size)
+    keys, values = torch.randn(*shape, dim), torch.randn(*shape, value_dim)
+    unused = sorted(set(range(next_page + 2)) - set(table.flatten().tolist()))
+    keys[unused], values[unused] = torch.nan, torch.nan
+    query = torch.randn(int(lens.sum()), heads, dim)
+    slots = torch.zeros(len(query), dtype=torch.long)
+
+    def rows(grouped):
+        return PagedRows(page_size, int((lens == 1).sum()), lens, context, table, slots, grouped=grouped)
+
+    return query, keys, values, rows
+
+
+def compare(query, keys, values, rows, **settings):
+    settings = {"scale": query.shape[-1] ** -0.5, **settings}
+    got = paged_attention(query, keys, values, rows(True), **settings)
+    alone = paged_attention(query, keys, values, rows(False), **settings)
+    wanted = reference.paged_attention(query, keys, values, rows(False), **settings)
+    torch.testing.assert_close(got, wanted, atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(got, alone, atol=5e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def everything_grouped(monkeypatch):
+    """Groups however small: what pays is a matter of speed."""
+    monkeypatch.setattr(groups, "LEAST_SLOTS", 1)
+    monkeypatch.setattr(groups, "LEAST_QUERIES", 1)
+    monkeypatch.setattr(groups, "CAUSAL", 4)
+
+
+SHAPES = [(6, 2, 64, 64), (4, 4, 16, 16), (8, 1, 128, 128), (3, 3, 20, 12), (10, 2, 40, 24), (16, 4, 128, 128)]
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim, value_dim", SHAPES)
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+def test_nested_prefixes(everything_grouped, heads, kv_heads, dim, value_dim, page_size):
+    rng = np.random.default_rng(page_size + heads)
+    torch.manual_seed(0)
+    shares = [0, 3, 3, 5, 5, 2, 2, 0, 1]
+    made = scene(rng, page_size, heads, kv_heads, dim, value_dim, shares, [8, 1, 1, 9, 1, 1, 11, 3, 1])
+    assert groups.build_groups(made[3](True)) is not None
+    compare(*made)
+
+
+@pytest.mark.parametrize("settings", [{"softcap": 5.0}, {"sinks": True}, {"window": 7}, {"window": 1000}])
+def test_what_models_add(everything_grouped, settings):
+    rng = np.random.default_rng(3)
+    torch.manual_seed(1)
+    made = scene(rng, 4, 6, 2, 64, 64, [0, 2, 2, 3, 1], [6, 1, 1, 1, 5])
+    if settings.pop("sinks", False):
+        settings["sinks"] = torch.randn(6) * 3
+    compare(*made, **settings)
+
+
+def test_random_scenes(everything_grouped):
+    rng = np.random.default_rng(7)
+    torch.manual_seed(2)
+    for _ in range(60):
+        count, kv_heads = int(rng.integers(1, 9)), int(rng.integers(1, 4))
+        shares = [0, *rng.integers(0, 5, count - 1).tolist()]
+        lens = rng.choice([1, 1, 1, 2, 7, 13], count).tolist()
+        shape = (kv_heads * int(rng.integers(1, 6)), kv_heads, int(rng.integers(1, 70)), int(rng.integers(1, 70)))
+        compare(*scene(rng, int(rng.choice([1, 3, 8, 16, 32])), *shape, shares, lens))
+
+
+def test_a_long_prefix_is_one_segment_and_each_row_keeps_the_rest():
+    lens, table = (
+        np.ones(16, np.int64),
+        np.concatenate([np.tile(np.arange(1, 21), (16, 1)), np.arange(21, 37)[:, None]], 1),
+    )
+    rows = PagedRows(16, 16, lens, np.full(16, 330), table, torch.zeros(16, dtype=torch.long))
+    found = groups.build_groups(rows)
+    assert found.segments.tolist() == [[0, 0, 320, 0, 16]] and set(found.own.tolist()) == {320}
+
+
+def test_a_prompt_behind_a_prefix_reads_it_as_one():
+    rows = PagedRows(
+        16, 0, np.array([100]), np.array([500]), np.arange(1, 33)[None], torch.zeros(100, dtype=torch.long)
+    )
+    assert groups.build_groups(rows).segments.tolist() == [[0, 0, 400, 0, 100]]
+    torch.manual_seed(0)
+    keys, values = torch.randn(33, 2, 16, 64), torch.randn(33, 2, 16, 64)
+    query = torch.randn(100, 6, 64)
+    compare(
+        query,
+        keys,
+        values,
+        lambda grouped: rows if grouped else PagedRows(**{**vars(rows), "grouped": False, "_derived": {}}),
+    )
+
+
+def test_nothing_is_grouped_where_nothing_is_shared():
+    rows = PagedRows(4, 2, np.ones(2, np.int64), np.array([9, 7]), np.array([[1, 2, 3], [4, 5, 0]]), torch.zeros(2))
+    assert groups.build_groups(rows) is None
