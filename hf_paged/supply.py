@@ -85,22 +85,21 @@ class InFlight:
         for other in self._rows.get(prospect.found.node, ()):
             begin = prospect.found.node.depth * self.page_size
             gain = begin + common_length(row.tokens, other.tokens, begin, last) - prospect.known
-            if gain >= self.page_size or 2 * gain > len(row.tokens) - prospect.known:
+            if gain >= self.page_size or (gain > 0 and 2 * gain >= len(row.tokens) - prospect.known):
                 return True
         return False
 
 
-def longest_prefix_first(
-    rows: Iterable[tuple[Row, Prospect]], newest: int, page_size: int
-) -> list[tuple[Row, Prospect]]:
+def longest_prefix_first(rows: list[tuple[Row, Prospect]], newest: int, page_size: int) -> list[tuple[Row, Prospect]]:
     """Waiting rows in the order in which they should be admitted: those that find most, but in order of arrival where
     they find little; within a priority, and no row too long (`OVERTAKEN`).
 
     After Zheng et al., "SGLang", NeurIPS 2024: it lets rows meet while their common prefix is in memory.
 
     Args:
-        newest: number of the latest request that was admitted.
+        newest: number of the latest request that runs.
     """
+    newest = max(newest, *(row.request.number for row, _ in rows))
 
     def key(entry: tuple[Row, Prospect]) -> tuple:
         row, prospect = entry

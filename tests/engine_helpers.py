@@ -117,13 +117,15 @@ def toy_core(
     max_model_len: int = 200,
     eos: bool = False,
     prefix_caching: bool = False,
+    track_optimum: bool = False,
+    tiers: Callable[[KVStore], list] = lambda store: [],
     **rest: Any,
 ) -> EngineCore:
     """An engine core over the toy model; it checks itself after every step. `core.forward` is the `ToyForward`."""
     store = KVStore([LayerShape(1, 1, 1)], num_pages, page_size)
     limits = (max_batch_tokens, max_sequences, max_model_len, VOCAB, (EOS,) if eos else ())
-    settings = CoreSettings(*limits, check=True, prefix_caching=prefix_caching)
-    arguments = {"decode": toy_decode, "encode": toy_encode} | rest
+    settings = CoreSettings(*limits, check=True, prefix_caching=prefix_caching, track_optimum=track_optimum)
+    arguments = {"decode": toy_decode, "encode": toy_encode, "tiers": tiers(store)} | rest
     forward = ToyForward(store)
     forward.core = core = EngineCore(forward, store, settings, **arguments)
     return core
