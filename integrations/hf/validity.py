@@ -37,7 +37,7 @@ class Fingerprint:
         tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
         self.tensors = [weakref.ref(t) for t in tensors]
         self.places = _places(tensors)
-        self.sampled = _read([_numbers(t, samples) for t in tensors])
+        self.sampled = _read(_numbers(tensors, samples))
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, Fingerprint) and self.places == other.places
@@ -84,7 +84,7 @@ class Validity:
 
     def _watch(self) -> None:
         tensors = [tensor for tensor in (ref() for ref in self.known.tensors) if tensor is not None]
-        self._views = [_numbers(t, STEP_SAMPLES) for t in tensors if t.device.type == "cpu"]
+        self._views = _numbers([t for t in tensors if t.device.type == "cpu"], STEP_SAMPLES)
         self._sampled = _read(self._views)
 
 
@@ -102,15 +102,25 @@ def _places(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
-def _numbers(tensor: torch.Tensor, count: int) -> np.ndarray:
-    """Bits of up to `count` of its numbers, evenly spaced; on a CPU a view of them, as whole numbers."""
+def _numbers(tensors: list[torch.Tensor], count: int) -> list[np.ndarray]:
+    """Bits of up to `count` numbers of each, as whole numbers; views on a CPU, one copy a kind from elsewhere."""
+    views = [_evenly(tensor, count) for tensor in tensors]
+    host = [view for view in views if view.device.type == "cpu"]
+    elsewhere: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for view in views:
+        if view.device.type != "cpu":
+            elsewhere.setdefault((view.device, view.dtype), []).append(view)
+    host += [torch.cat(parts).cpu() for parts in elsewhere.values()]
+    return [view.view(BITS[view.element_size()]).numpy() for view in host]
+
+
+def _evenly(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Up to `count` of its numbers, evenly spaced; a view where that is possible."""
     tensor = tensor.detach()
     n = tensor.numel()
     if n <= count or not tensor.is_contiguous():
-        tensor = tensor.reshape(-1)[:: max(n // count, 1)]
-    else:
-        tensor = tensor.as_strided((count,), ((n - 1) // (count - 1),))
-    return tensor.cpu().view(BITS[tensor.element_size()]).numpy()
+        return tensor.reshape(-1)[:: max(n // count, 1)]
+    return tensor.as_strided((count,), ((n - 1) // (count - 1),))
 
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
