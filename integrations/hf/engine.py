@@ -220,14 +220,10 @@ class Engine:
             self.core.forget(self._identity() if self.core.second is not None else "")
 
     def save_prefixes(self, path: str | os.PathLike) -> Path:
-        """Write all kept prefixes to a file of safetensors, for `load_prefixes` in another process.
-
-        The file holds their tokens and KV in clear.
+        """Write all kept prefixes, tokens and KV in clear, to a safetensors file for `load_prefixes` elsewhere.
 
         Args:
-            path: the file, or a directory, which gets `prefixes.safetensors`.
-        Returns:
-            the file.
+            path: the file, or a directory, which gets `prefixes.safetensors`. The file is returned.
         Raises:
             ValueError: prefix caching is off.
             OSError: the file cannot be written; what was there before still is.
