@@ -179,8 +179,11 @@ class LeanForward:
 
 
 def _spare(lines: int) -> int:
-    """Lines to add to a product of so many: up to a multiple of 4, 16 or 32, whichever costs little."""
-    return 0 if lines <= 1 else -lines % (4 if lines <= 16 else 16 if lines <= 128 else 32)
+    """Lines to add to a product of so many: up to a multiple of 4, 24 or 32, whichever costs little.
+
+    oneDNN keeps code for every number of lines: multiples of 24 take several MB less than those of 16.
+    """
+    return 0 if lines <= 1 else -lines % (4 if lines <= 16 else 24 if lines <= 144 else 32)
 
 
 def _window(config, index: int) -> int | None:
