@@ -15,7 +15,7 @@ def require(ok: bool, name: str, value: object, allowed: str, owner: str = "Engi
         raise ValueError(f"{owner}.{name}={value!r} is not allowed: {allowed}")
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -64,12 +64,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         size = self.page_size
-        require(_is_int(size) and 1 <= size <= 256, "page_size", size, "an integer from 1 to 256")
+        require(is_int(size) and 1 <= size <= 256, "page_size", size, "an integer from 1 to 256")
         for name in ("num_pages", "max_model_len", "max_batch_tokens"):
             value = getattr(self, name)
-            require(value is None or (_is_int(value) and value >= 1), name, value, "an integer of at least 1, or None")
+            require(value is None or (is_int(value) and value >= 1), name, value, "an integer of at least 1, or None")
         value = self.max_sequences
-        require(_is_int(value) and value >= 1, "max_sequences", value, "an integer of at least 1")
+        require(is_int(value) and value >= 1, "max_sequences", value, "an integer of at least 1")
         value = self.memory_fraction
         ok = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1)
         require(ok, "memory_fraction", value, "a number over 0 and up to 1, or None")
@@ -77,10 +77,10 @@ class EngineConfig:
         require(not both, "memory_fraction", value, f"give it or num_pages ({self.num_pages}), not both")
         for name in ("host_cache_bytes", "disk_cache_bytes"):
             value = getattr(self, name)
-            require(_is_int(value) and value >= 0, name, value, "an integer of at least 0")
+            require(is_int(value) and value >= 0, name, value, "an integer of at least 0")
         ok = self.disk_cache is None or isinstance(self.disk_cache, str | os.PathLike)
         require(ok, "disk_cache", self.disk_cache, "a path or None")
-        require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
+        require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer or None")
         for name in ("prefix_caching", "track_optimum", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")

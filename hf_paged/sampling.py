@@ -15,7 +15,7 @@ from hf_paged import filters
 from hf_paged.logprobs import prompt_logprobs, token_logprobs
 from hf_paged.outputs import TokenLogprob
 from hf_paged.params import SamplingParams
-from hf_paged.penalties import adjust
+from hf_paged.penalties import adjust, is_touched
 from hf_paged.pipeline import Pipeline, run_pipelines
 
 __all__ = ["Pipeline", "SampleResult", "SamplingError", "SamplingRow", "prompt_logprobs", "sample"]
@@ -44,6 +44,14 @@ class SamplingRow:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     keep_logits: bool = False
     keep_scores: bool = False
+
+    def ahead(self, tokens: Sequence[int]) -> "SamplingRow":
+        """The same row with `tokens` behind its output: what it draws after them."""
+        # A list is made only for those who look at it.
+        output = self.output_ids if not is_touched(self) else [*self.output_ids, *tokens]
+        place = self.position + len(tokens)
+        rest = (self.pipeline, self.eos_ids, self.bad_word_ids, self.keep_logits, self.keep_scores)
+        return SamplingRow(self.params, self.seed, place, self.prompt_ids, output, *rest)
 
 
 @dataclass(slots=True)

@@ -60,8 +60,10 @@ class _Finder:
 
     def __init__(self, rows: PagedRows) -> None:
         self.size, self.table, self.lens = rows.page_size, rows.page_table, rows.query_lens
-        self.before = rows.context_lens - rows.query_lens  # tokens that all queries of a row see
+        self.before = rows.context_lens - rows.query_lens  # slots that all queries of a row see
         self.start = np.cumsum(rows.query_lens) - rows.query_lens
+        if rows.tree is not None:
+            self.before = np.minimum(self.before, rows.tree.base[self.start])
         self.own = np.zeros(int(rows.query_lens.sum()), np.int64)
         self.segments: list[tuple[int, int, int, int, int]] = []
         self.members: list[np.ndarray] = []

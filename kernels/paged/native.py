@@ -14,9 +14,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hf_paged.kernels.groups import Groups
@@ -27,12 +29,38 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC"
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Which slots of which line of a page table each query sees. All arrays are int64 `[queries]`.
+
+    Attributes:
+        line_of, context: query `i` sees the first `context[i]` slots of line `line_of[i]`,
+        begin: but those before `begin[i]` (None: from the first),
+        visible, base: and, where draft tokens branch, what `TreeMask` says.
+    """
+
+    line_of: np.ndarray
+    context: np.ndarray
+    begin: np.ndarray | None = None
+    visible: np.ndarray | None = None
+    base: np.ndarray | None = None
+
+    def first(self, n: int) -> Seen:
+        """The same for the first `n` queries."""
+        parts = (self.line_of, self.context, self.begin, self.visible, self.base)
+        return Seen(*(None if part is None else part[:n] for part in parts))
+
+
+def _address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
 class NativeOps:
     """The compiled ops; all tensors are float32 and on the CPU, contiguous where nothing else is said."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
-        self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _I, _F, _P]
+        self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _P, _F, _P, _P, _P]
         self._grouped = library.grouped_attention
         self._grouped.argtypes = (
             [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _F, _P, _P, _P, _I, _P, _I] + [_P] * 2
@@ -42,10 +70,10 @@ class NativeOps:
         self._silu_mul.argtypes, self._silu_mul.restype = [_P, _P, _I, _I], None
         self._rotate.argtypes, self._rotate.restype = [_P] * 8 + [_I] * 8, None
 
-    def attention(self, query, key_pages, value_pages, table, line_of, context, scale, window, softcap, sinks):
+    def attention(self, query, key_pages, value_pages, table, seen: Seen, scale, softcap, sinks):
         """Each query by itself: `[queries, heads, dim]` → `[queries, heads, value_dim]`.
 
-        Query `i` sees the first `context[i]` slots of line `line_of[i]` of `table`; all three are int64 arrays.
+        Query `i` reads line `seen.line_of[i]` of `table` (int64 `[lines, width]`).
         """
         rows, heads, dim = query.shape
         _, kv_heads, size, value_dim = value_pages.shape
@@ -59,8 +87,8 @@ class NativeOps:
             value_pages.data_ptr(),
             table.ctypes.data,
             table.shape[1],
-            line_of.ctypes.data,
-            context.ctypes.data,
+            seen.line_of.ctypes.data,
+            seen.context.ctypes.data,
             rows,
             heads,
             kv_heads,
@@ -68,15 +96,17 @@ class NativeOps:
             value_dim,
             size,
             scale,
-            window or 0,
+            _address(seen.begin),
             softcap or 0.0,
             None if sinks is None else sinks.data_ptr(),
+            _address(seen.visible),
+            _address(seen.base),
         )
         if failed:
-            raise MemoryError(f"no memory for the scores of {rows} rows of up to {int(context.max())} tokens")
+            raise MemoryError(f"no memory for the scores of {rows} rows of up to {int(seen.context.max())} tokens")
         return out
 
-    def grouped(self, query, key_pages, value_pages, table, line_of, context, scale, softcap, sinks, groups: Groups):
+    def grouped(self, query, key_pages, value_pages, table, seen: Seen, scale, softcap, sinks, groups: Groups):
         """As `attention`, with the slots of `groups` computed for many queries at once. Without windows."""
         rows, heads, dim = query.shape
         _, kv_heads, size, value_dim = value_pages.shape
@@ -90,8 +120,8 @@ class NativeOps:
             value_pages.data_ptr(),
             table.ctypes.data,
             table.shape[1],
-            line_of.ctypes.data,
-            context.ctypes.data,
+            seen.line_of.ctypes.data,
+            seen.context.ctypes.data,
             rows,
             heads,
             kv_heads,
@@ -108,6 +138,8 @@ class NativeOps:
             len(groups.members),
             groups.part_start.ctypes.data,
             groups.parts.ctypes.data,
+            _address(seen.visible),
+            _address(seen.base),
         )
         if failed:
             raise MemoryError(f"no memory for the parts of {rows} rows, {len(groups.members)} of them shared")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_paged.kernels.rows import PagedRows
+from hf_paged.kernels.rows import ALL, PagedRows
 
 
 def paged_attention(
@@ -20,10 +20,10 @@ def paged_attention(
         where = [(pages[p // rows.page_size], p % rows.page_size) for p in range(context)]
         for i in range(length):
             last = context - length + i
-            first = 0 if window is None else max(0, last - window + 1)
+            seen = [where[slot] for slot in _seen(rows, start + i, last, window)]
             for head in range(heads):
-                keys = torch.stack([key_pages[p, head // groups, s] for p, s in where[first : last + 1]]).double()
-                values = torch.stack([value_pages[p, head // groups, s] for p, s in where[first : last + 1]]).double()
+                keys = torch.stack([key_pages[p, head // groups, s] for p, s in seen]).double()
+                values = torch.stack([value_pages[p, head // groups, s] for p, s in seen]).double()
                 scores = keys @ query[start + i, head].double() * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
@@ -33,3 +33,14 @@ def paged_attention(
                 out[start + i, head] = (weights @ values).to(query.dtype)
         start += length
     return out
+
+
+def _seen(rows: PagedRows, query: int, last: int, window: int | None) -> list[int]:
+    """Slots that a query sees, whose own slot is `last`."""
+    tree, position = rows.tree, last
+    slots = [(slot, slot) for slot in range(last + 1)]  # and their positions
+    if tree is not None and tree.visible[query] != ALL:
+        base, visible, position = int(tree.base[query]), int(tree.visible[query]), int(tree.positions[query])
+        path = [base + bit for bit in range(63) if visible >> bit & 1]
+        slots = slots[:base] + [(slot, base + depth) for depth, slot in enumerate(path)]
+    return [slot for slot, place in slots if window is None or place > position - window]

@@ -12,6 +12,26 @@ import torch
 T = TypeVar("T")
 
 
+ALL = -1  # in `TreeMask.visible`: every slot up to the query's own
+
+
+@dataclass(frozen=True, eq=False)
+class TreeMask:
+    """Which slots queries see where draft tokens branch: those before `base`, and of the next 63 what `visible` says.
+
+    Slots of a row then hold a tree in any order that has parents first, so a slot is no position.
+
+    Attributes:
+        visible: int64 `[tokens]`, bit `j`: the query sees slot `base + j` of its row. `ALL`: it sees all up to its own.
+        base: int64 `[tokens]`, slots from the first that all of a tree's queries see.
+        positions: int64 `[tokens]`, places of the queries in their texts.
+    """
+
+    visible: np.ndarray
+    base: np.ndarray
+    positions: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class PagedRows:
     """Rows of one step. The first `num_decodes` rows have one query token each.
@@ -24,6 +44,7 @@ class PagedRows:
         page_table: int64 `[rows, max_pages]`, page of each `page_size` tokens; 0 behind a row's last.
         slots: int64 `[tokens]` on the model's device: `page * page_size + offset` of each token.
         backend: `torch` keeps to torch's own ops; `auto` takes compiled ones where there are any.
+        tree: which slots queries see, where draft tokens branch.
         grouped: whether what many queries see is computed once for all of them, where an op can (see `groups.py`).
     """
 
@@ -34,6 +55,7 @@ class PagedRows:
     page_table: np.ndarray
     slots: torch.Tensor
     backend: str = "auto"
+    tree: TreeMask | None = None
     grouped: bool = True
     _derived: dict = field(default_factory=dict, repr=False)
 

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
 from hf_paged.kernels.groups import Groups, build_groups
-from hf_paged.kernels.native import NativeOps, native_ops
-from hf_paged.kernels.rows import PagedRows
+from hf_paged.kernels.native import NativeOps, Seen, native_ops
+from hf_paged.kernels.rows import ALL, PagedRows, TreeMask
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
 
 # Tokens of context up to which the queries of a longer row are computed one by one.
 ONE_BY_ONE = 512
+# Queries a row up to which they are computed one by one over any context.
+FEW_QUERIES = 16
 
 
 def paged_attention(
@@ -22,15 +24,13 @@ def paged_attention(
     """See `hf_paged.kernels.paged_attention`."""
     native, n = _native(query, key_pages, rows), rows.num_decodes
     if native is not None:
-        table, (line_of, context) = rows.page_table, rows.derived("queries", lambda: _queries(rows))
-        groups = _groups(rows, context, window)
+        seen = rows.derived(("seen", window), lambda: _seen(rows, window))
+        groups = _groups(rows, seen.context, window)
+        at = query, key_pages, value_pages, rows.page_table
         if groups is not None:
-            at = table, line_of, context
-            return native.grouped(query, key_pages, value_pages, *at, scale, softcap, sinks, groups)
-        # Few slots a query: one pass over pages beats setting up dense products a row. Long contexts take the products.
-        n = len(query) if context.max() <= ONE_BY_ONE else n
-        at = table, line_of[:n], context[:n]
-        first = native.attention(query[:n], key_pages, value_pages, *at, scale, window, softcap, sinks) if n else None
+            return native.grouped(*at, seen, scale, softcap, sinks, groups)
+        n = rows.derived("short", lambda: _short(rows))
+        first = native.attention(query[:n], *at[1:], seen.first(n), scale, softcap, sinks) if n else None
     else:
         first = _decode(query[:n], key_pages, value_pages, rows, scale, window, softcap, sinks) if n else None
     if n == len(query):
@@ -38,17 +38,24 @@ def paged_attention(
     out = query.new_empty(*query.shape[:2], value_pages.shape[-1])
     if n:
         out[:n] = first
-    start = n
-    for row in range(n, len(rows.query_lens)):
-        end = start + int(rows.query_lens[row])
-        context = int(rows.context_lens[row])
+    ends = np.cumsum(rows.query_lens)
+    for row in range(int(np.searchsorted(ends, n, "right")), len(ends)):
+        end, context = int(ends[row]), int(rows.context_lens[row])
+        start = end - int(rows.query_lens[row])
         if fresh is not None and context == end - start:
             key, value = (t[start:end].transpose(0, 1) for t in fresh)
         else:
             key, value = (_gather(pages, rows, row, context) for pages in (key_pages, value_pages))
-        out[start:end] = _extend(query[start:end], key, value, scale, window, softcap, sinks)
-        start = end
+        tree = None if rows.tree is None else _part(rows.tree, start, end)
+        out[start:end] = _extend(query[start:end], key, value, scale, window, softcap, sinks, tree)
     return out
+
+
+def _part(tree: TreeMask, start: int, end: int) -> TreeMask | None:
+    """The mask of some queries; None where they are no tree."""
+    if (tree.visible[start:end] == ALL).all():
+        return None
+    return TreeMask(tree.visible[start:end], tree.base[start:end], tree.positions[start:end])
 
 
 def _native(query: torch.Tensor, key_pages: torch.Tensor, rows: PagedRows) -> NativeOps | None:
@@ -64,11 +71,41 @@ def _groups(rows: PagedRows, context: np.ndarray, window: int | None) -> Groups 
     return rows.derived("groups", lambda: build_groups(rows))
 
 
-def _queries(rows: PagedRows) -> tuple[np.ndarray, np.ndarray]:
-    """For each query token its row, and how many tokens it sees."""
+def _short(rows: PagedRows) -> int:
+    """Queries, from the first, that are computed one by one: few a row, or over few slots. One pass over pages beats
+    setting up dense products a row; long chunks of long contexts take the products."""
+    long = (rows.query_lens > FEW_QUERIES) & (rows.context_lens > ONE_BY_ONE)
+    rows_before = int(long.argmax()) if long.any() else len(long)
+    return int(rows.query_lens[:rows_before].sum())
+
+
+def _seen(rows: PagedRows, window: int | None) -> Seen:
+    """What each query of the step sees."""
     line_of = np.repeat(np.arange(len(rows.query_lens)), rows.query_lens)
     ends = np.cumsum(rows.query_lens)
-    return line_of, (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)
+    context = (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)
+    tree = rows.tree
+    if tree is None:
+        begin = None if window is None else np.maximum(context - window, 0)
+        return Seen(line_of, context, begin)
+    visible, begin = tree.visible, None
+    if window is not None:
+        plain = visible == ALL
+        begin = np.maximum(np.where(plain, context, tree.positions + 1) - window, 0)
+        begin = np.where(plain, begin, np.minimum(begin, tree.base))
+        visible = _within(tree, window)
+    return Seen(line_of, context, begin, visible, tree.base)
+
+
+def _within(tree: TreeMask, window: int) -> np.ndarray:
+    """`tree.visible` without what lies before a window. A bit's position is its depth: how many bits its query sees."""
+    visible = tree.visible.copy()
+    for i in np.flatnonzero(visible != ALL).tolist():
+        bits, excess = int(visible[i]), int(tree.positions[i] - tree.base[i]) + 1 - window
+        for _ in range(max(excess, 0)):  # of a path the lowest bits come first
+            bits &= bits - 1
+        visible[i] = bits
+    return visible
 
 
 def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) -> torch.Tensor:
@@ -115,14 +152,14 @@ def _gather(pages: torch.Tensor, rows: PagedRows, row: int, context: int) -> tor
     return taken.transpose(0, 1).reshape(pages.shape[1], -1, pages.shape[-1])[:, :context]
 
 
-def _extend(query, key, value, scale, window, softcap, sinks) -> torch.Tensor:
+def _extend(query, key, value, scale, window, softcap, sinks, tree=None) -> torch.Tensor:
     """Queries `[n, heads, dim]` over one row's `[kv_heads, context, dim]`, of which the last n are their own keys."""
     length, context = query.shape[0], key.shape[1]
-    plain = window is None or context <= window
+    plain = tree is None and (window is None or context <= window)
     query = query.transpose(0, 1)
     if softcap is None and sinks is None:
         causal = plain and length == context
-        mask = None if causal or (plain and length == 1) else _mask(length, context, window, query.device)
+        mask = None if causal or (plain and length == 1) else _mask(length, context, window, query.device, tree)
         out = F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
@@ -132,16 +169,25 @@ def _extend(query, key, value, scale, window, softcap, sinks) -> torch.Tensor:
     scores = (torch.matmul(grouped, key.transpose(1, 2)) * scale).view(heads, length, context)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_mask(length, context, window, query.device), -torch.inf).transpose(0, 1)
+    scores = scores.masked_fill(~_mask(length, context, window, query.device, tree), -torch.inf).transpose(0, 1)
     weights = _softmax(scores.float(), sinks).to(query.dtype).transpose(0, 1).reshape(key.shape[0], -1, context)
     return torch.matmul(weights, value).view(heads, length, -1).transpose(0, 1)
 
 
-def _mask(length: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """True where query `i` (token `context - length + i`) may see key `j`. Bool `[length, context]`."""
+def _mask(
+    length: int, context: int, window: int | None, device: torch.device, tree: TreeMask | None = None
+) -> torch.Tensor:
+    """True where query `i` (slot `context - length + i`) may see slot `j`. Bool `[length, context]`."""
     query = np.arange(context - length, context)[:, None]
     key = np.arange(context)
     seen = key <= query
-    if window is not None:
+    if tree is not None:
+        visible = tree.visible if window is None else _within(tree, window)
+        beyond = key - tree.base[:, None]
+        seen &= (beyond < 0) | ((visible[:, None] >> np.clip(beyond, 0, 63)) & 1).astype(bool)
+        query = tree.positions[:, None]
+        if window is not None:
+            seen &= (key > query - window) | (beyond >= 0)
+    elif window is not None:
         seen &= key > query - window
     return torch.from_numpy(seen).to(device)

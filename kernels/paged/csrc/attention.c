@@ -12,29 +12,31 @@ static void softmax(float *scores, int64_t n, float softcap, const float *sink) 
 
 /* One row and KV head: `group` queries over all slots of a span. `then`: the keys that are read next. */
 INLINE void attend(float *out, float *scores, int64_t stride, const float *query, span keys, span values, span then,
-                   float scale, float softcap, const float *sinks, const int64_t group, const int64_t dim,
+                   float scale, float softcap, const float *sinks, tree t, int64_t row, const int64_t group, const int64_t dim,
                    const int64_t value_dim) {
     keys.dim = then.dim = dim;
     values.dim = value_dim;
     score_slots(scores, stride, query, keys, values, group, scale, dim);
+    softcap = hide(scores, stride, keys, t, row, group, softcap);
     for (int64_t g = 0; g < group; g++) softmax(scores + g * stride, keys.end - keys.begin, softcap, sinks ? sinks + g : 0);
     sum_values(out, scores, stride, values, then, group, value_dim);
 }
 
 /* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
- * sees the first context[r] slots of line line_of[r] of table [lines, table_width]; window 0: none. Returns 0, or 1 where memory ran out. */
+ * sees slots [begin[r], context[r]) of line line_of[r] of table [lines, table_width], as far as visible and base (see `tree`)
+ * allow; begin null: from the first. Returns 0, or 1 where memory ran out. */
 int decode_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const int64_t *table,
                      int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
-                     int64_t dim, int64_t value_dim, int64_t page, float scale, int64_t window, float softcap,
-                     const float *sinks) {
+                     int64_t dim, int64_t value_dim, int64_t page, float scale, const int64_t *begin, float softcap,
+                     const float *sinks, const int64_t *visible, const int64_t *base) {
     const int64_t group = heads / kv_heads, items = rows * kv_heads;
+    const tree t = {visible, base};
     int64_t longest = 0, taken = 0;
     int failed = 0;
     for (int64_t r = 0; r < rows; r++) longest = context[r] > longest ? context[r] : longest;
     const int64_t stride = (longest + 31) / 16 * 16;
 #define SPAN(pages, row, head, dim) \
-    ((span){pages, table + line_of[row] * table_width, window && context[row] > window ? context[row] - window : 0, \
-            context[row], head, kv_heads, page, dim})
+    ((span){pages, table + line_of[row] * table_width, begin ? begin[row] : 0, context[row], head, kv_heads, page, dim})
 #pragma omp parallel
     {
         float *scores = malloc(sizeof(float) * (size_t)(group * stride));
@@ -52,7 +54,7 @@ int decode_attention(float *out, const float *query, int64_t query_line, const f
             const float *q = query + row * query_line + head * group * dim;
             const float *sink = sinks ? sinks + head * group : 0;
             float *o = out + (row * heads + head * group) * value_dim;
-#define ATTEND(G, D, V) attend(o, scores, stride, q, k, v, then, scale, softcap, sink, G, D, V)
+#define ATTEND(G, D, V) attend(o, scores, stride, q, k, v, then, scale, softcap, sink, t, row, G, D, V)
 #define BY_GROUP(D) \
     switch (group) { \
         case 1: ATTEND(1, D, D); break; \

@@ -75,6 +75,25 @@ INLINE void score_slots(float *scores, int64_t stride, const float *query, span 
     }
 }
 
+/* Which slots a query sees where draft tokens branch: of those from `base` on, slot base + j where bit j is set. */
+typedef struct {
+    const int64_t *visible, *base; /* a query each; visible: null, or -1 for a query that sees all */
+} tree;
+
+/* Scores of slots that a query may not see become -infinity; `softcap` is applied before. Returns what is left of it to apply. */
+INLINE float hide(float *scores, int64_t stride, span keys, tree t, int64_t query, const int64_t group, float softcap) {
+    if (!t.visible || t.visible[query] == -1) return softcap;
+    const int64_t n = keys.end - keys.begin, skip = t.base[query] - keys.begin;
+    for (int64_t g = 0; g < group; g++) {
+        float *score = scores + g * stride;
+        if (softcap > 0)
+            for (int64_t i = 0; i < n; i++) score[i] = softcap * tanhf(score[i] / softcap);
+        for (int64_t i = skip > 0 ? skip : 0; i < n; i++)
+            if (!(t.visible[query] >> (i - skip) & 1)) score[i] = -INFINITY;
+    }
+    return 0;
+}
+
 /* out[g, :] += sum of weights[g, i] * values[i, :] over n lines, for `group` queries whose sums fit the registers. */
 INLINE void add_lines(float *out, const float *weights, int64_t stride, const float *values, int64_t n, const float *next,
                       const int64_t group, const int64_t dim) {

@@ -15,6 +15,7 @@ typedef struct {
     const float *query, *keys, *values, *sinks;
     const int64_t *table, *line_of, *context, *own, *members, *part_start, *parts;
     const segment *segments;
+    tree tree;
     int64_t query_line, table_width, heads, kv_heads, dim, value_dim, page;
     float scale, softcap;
 } task;
@@ -184,8 +185,9 @@ INLINE void attend_own(float *out, float *scores, int64_t stride, const float *p
     float sums[group], tops[group];
     out += (row * a->heads + head) * value_dim;
     score_slots(scores, stride, a->query + row * a->query_line + head * dim, keys, values, group, a->scale, dim);
+    const float softcap = hide(scores, stride, keys, a->tree, row, group, a->softcap);
     for (int64_t g = 0; g < group; g++)
-        tops[g] = exponentials(scores + g * stride, keys.end - keys.begin, a->softcap, -INFINITY, sums + g);
+        tops[g] = exponentials(scores + g * stride, keys.end - keys.begin, softcap, -INFINITY, sums + g);
     sum_values(out, scores, stride, values, own_slots(a, a->keys, then, dim), group, value_dim);
     for (int64_t g = 0; g < group; g++) merge(out + g * value_dim, parts, a, row, head + g, tops[g], sums[g]);
 }
@@ -197,13 +199,14 @@ INLINE void attend_own(float *out, float *scores, int64_t stride, const float *p
 
 /* query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]. Query r sees slots [own[r],
  * context[r]) of line line_of[r] of table, and those of the segments that it is a member of: its places among the members
- * are parts[part_start[r], part_start[r + 1]). Returns 0, or 1 where memory ran out. */
+ * are parts[part_start[r], part_start[r + 1]); visible and base as in `tree`. Returns 0, or 1 where memory ran out. */
 int grouped_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values,
                       const int64_t *table, int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows,
                       int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page, float scale,
                       float softcap, const float *sinks, const int64_t *own, const segment *segments, int64_t num_segments,
-                      const int64_t *members, int64_t num_members, const int64_t *part_start, const int64_t *parts) {
-    const task a = {query, keys, values, sinks, table, line_of, context, own, members, part_start, parts, segments,
+                      const int64_t *members, int64_t num_members, const int64_t *part_start, const int64_t *parts,
+                      const int64_t *visible, const int64_t *base) {
+    const task a = {query, keys, values, sinks, table, line_of, context, own, members, part_start, parts, segments, {visible, base},
                     query_line, table_width, heads, kv_heads, dim, value_dim, page, scale, softcap};
     const int64_t group = heads / kv_heads;
     float *partial = malloc(sizeof(float) * (size_t)(num_members * heads * (value_dim + 2)));

@@ -1,0 +1,56 @@
+"""How often drafts are taken: by proposer, by how sure it was, by depth, and row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_paged.speculation.proposal import Verdict
+
+DECAY = 0.998  # of what was seen before, at every draft that is judged
+TRUST = 6.0  # drafts that a proposer's own estimate is worth
+ROW_DECAY, ROW_TRUST = 0.9, 4.0
+DEPTHS = 3  # deeper drafts are alike
+LEAST, MOST = 0.01, 0.985
+
+
+@dataclass(eq=False, slots=True)
+class RowRecord:
+    """Drafts of one proposer that were taken of one row, and how many were expected to be; both decay."""
+
+    taken: float = 0.0
+    expected: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return (self.taken + ROW_TRUST) / (self.expected + ROW_TRUST)
+
+
+@dataclass(eq=False)
+class Acceptance:
+    """Odds that a draft is taken whose parent was.
+
+    A proposer sorts its drafts into `kinds`, small numbers that stand for how sure it is; what came of drafts of that
+    kind and depth tells the odds of the next.
+    """
+
+    _seen: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
+
+    def odds(self, source: str, kind: int, depth: int, prior: float, row: RowRecord | None = None) -> float:
+        """Odds of a draft at `depth` (1: the first), which its proposer takes for `prior`."""
+        seen = self._seen.get((source, kind, min(depth, DEPTHS)))
+        odds = prior if seen is None else (seen[0] + TRUST * prior) / (seen[1] + TRUST)
+        if row is not None:
+            odds *= row.ratio
+        return min(max(odds, LEAST), MOST)
+
+    def note(self, verdict: Verdict, row: RowRecord) -> None:
+        """Learn from what the target made of a proposal."""
+        proposal, depths = verdict.proposal, verdict.proposal.depths()
+        row.taken *= ROW_DECAY
+        row.expected *= ROW_DECAY
+        for index, taken in verdict.judged():
+            key = (proposal.source, proposal.kinds[index], min(depths[index], DEPTHS))
+            seen = self._seen.setdefault(key, [0.0, 0.0])
+            seen[0], seen[1] = seen[0] * DECAY + taken, seen[1] * DECAY + 1
+            row.taken += taken
+            row.expected += min(proposal.odds[index], 1.0)

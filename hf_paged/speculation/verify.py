@@ -1,0 +1,101 @@
+"""Sample-and-match: the target's own tokens, drawn along the drafts that they confirm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_paged.request import Row
+from hf_paged.sampling import SampleResult, SamplingRow, sample
+from hf_paged.speculation.proposal import Proposal, Verdict
+
+# Appends entry `i` of what was drawn to a row. False: the row ends, or the request failed.
+Take = Callable[[Row, SampleResult, int], bool]
+
+
+@dataclass(eq=False, slots=True)
+class Drawing:
+    """A row that draws tokens in this step.
+
+    Attributes:
+        line: of the logits behind its last token; those behind draft `i` are line `line + 1 + i`.
+        proposal: drafts that were computed with it, or None.
+        path: drafts that were taken.
+        places: entry of what was drawn, by draft, where all were drawn at once.
+    """
+
+    row: Row
+    line: int
+    proposal: Proposal | None = None
+    path: list[int] = field(default_factory=list)
+    places: list[int] | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.proposal, tuple(self.path))
+
+
+def draw(drawings: Sequence[Drawing], logits: torch.Tensor, take: Take) -> None:
+    """Draw every row's next tokens: one, and one more for each draft that turns out to be the target's own token.
+
+    Processors of a caller may keep a state, so they are asked about tokens that are certain only, one after another, as
+    without drafts; for all other rows the tokens behind all drafts are drawn at once.
+
+    Args:
+        logits: `[n, vocab]`, see `Drawing.line`.
+        take: told of every token that is certain, in order.
+    """
+    lines = [drawing.line for drawing in drawings]
+    rows: list[SamplingRow] = [drawing.row.sampling for drawing in drawings]
+    for drawing in drawings:
+        if drawing.proposal is not None and _stateless(drawing.row.sampling):
+            drawing.places = list(range(len(lines), len(lines) + len(drawing.proposal)))
+            lines += range(drawing.line + 1, drawing.line + 1 + len(drawing.proposal))
+            rows += _ahead(drawing.row.sampling, drawing.proposal)
+    sampled = sample(_lines(logits, lines), rows)
+    alive = [drawing for at, drawing in enumerate(drawings) if take(drawing.row, sampled, at) and drawing.proposal]
+    while alive:
+        alive = [drawing for drawing in alive if _follow(drawing, sampled, take)]
+        later = [drawing for drawing in alive if drawing.places is None]
+        if later:
+            own = sample(
+                _lines(logits, [drawing.line + 1 + drawing.path[-1] for drawing in later]),
+                [drawing.row.sampling for drawing in later],
+            )
+            ended = {drawing for at, drawing in enumerate(later) if not take(drawing.row, own, at)}
+            alive = [drawing for drawing in later if drawing not in ended]
+
+
+def _follow(drawing: Drawing, sampled: SampleResult, take: Take) -> bool:
+    """Go from draft to draft as long as each is the row's last token. False: it is done."""
+    while True:
+        node = drawing.path[-1] if drawing.path else -1
+        child = drawing.proposal.child(node, drawing.row.tokens[-1])
+        if child is None:
+            return False
+        drawing.path.append(child)
+        if drawing.places is None:
+            return True
+        if not take(drawing.row, sampled, drawing.places[child]):
+            return False
+
+
+def _lines(logits: torch.Tensor, lines: list[int]) -> torch.Tensor:
+    if lines == list(range(len(logits))):
+        return logits
+    return logits[torch.tensor(lines, dtype=torch.long, device=logits.device)]
+
+
+def _stateless(row: SamplingRow) -> bool:
+    """Whether what would be drawn may be asked for tokens that are not certain."""
+    return row.pipeline is None or all(batched for _, batched in row.pipeline.steps)
+
+
+def _ahead(row: SamplingRow, proposal: Proposal) -> list[SamplingRow]:
+    """The row as it would be behind each draft."""
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return [row.ahead(path) for path in paths]
