@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "EngineConfig": "hf_paged.config",
+    "SpeculationConfig": "hf_paged.speculation.config",
     "SamplingParams": "hf_paged.params",
     "CompletionOutput": "hf_paged.outputs",
     "RequestMetrics": "hf_paged.outputs",

@@ -10,6 +10,8 @@ import torch
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
 from hf_paged.sampling import SampleResult, prompt_logprobs
+from hf_paged.speculation.proposal import Proposal
+from hf_paged.speculation.verify import Drawing
 
 
 def wants_prompt(row: Row) -> bool:
@@ -17,26 +19,21 @@ def wants_prompt(row: Row) -> bool:
     return row.request.params.prompt_logprobs is not None and row.index == 0 and not row.output_ids
 
 
-def rows_to_draw(work: Sequence[PlanRow], logits: torch.Tensor) -> tuple[list[Row], torch.Tensor]:
-    """Rows whose last token is computed, and the logits `[rows, vocab]` that each draws from.
+def rows_to_draw(work: Sequence[PlanRow], drafts: dict[PlanRow, Proposal]) -> list[Drawing]:
+    """Rows whose last token is computed, and which logits each draws from.
 
     Where the first row of a request completes the prompt, all its rows draw.
-
-    Args:
-        logits: `[n, vocab]`, those of each planned row one after another.
     """
-    rows: list[Row] = []
-    index: list[int] = []
+    drawings: list[Drawing] = []
     end = 0
     for planned in work:
-        row, end = planned.row, end + planned.logits
-        if planned.count == planned.sequence.pending:
+        row, begin, end = planned.row, end, end + planned.logits
+        if planned in drafts:
+            drawings.append(Drawing(row, begin, drafts[planned]))
+        elif planned.count == planned.sequence.pending:
             drawing = row.request.rows if row.index == 0 and not row.output_ids else [row]
-            rows += drawing
-            index += [end - 1] * len(drawing)
-    if index != list(range(len(logits))):
-        logits = logits[torch.tensor(index, dtype=torch.long, device=logits.device)]
-    return rows, logits
+            drawings += [Drawing(each, end - 1) for each in drawing]
+    return drawings
 
 
 def note_prompts(work: Sequence[PlanRow], logits: torch.Tensor) -> None:

@@ -6,11 +6,13 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_prompt
 from hf_paged.config import CoreSettings
+from hf_paged.drafting import Drafting
 from hf_paged.drawing import append_drawn, note_prompts, rows_to_draw, wants_prompt
 from hf_paged.finish import check_finished
 from hf_paged.memory import Memory, OutOfPages
@@ -19,9 +21,12 @@ from hf_paged.params import SamplingParams
 from hf_paged.plan import PlanRow, StepPlan, build_plan
 from hf_paged.request import Request, Row, RowHooks
 from hf_paged.roster import Roster
-from hf_paged.sampling import SampleResult, sample
+from hf_paged.sampling import SampleResult
 from hf_paged.scheduler import Decision, Limits, decide
 from hf_paged.second_tier import SecondTier
+from hf_paged.speculation.proposal import Proposal
+from hf_paged.speculation.speculator import Speculator
+from hf_paged.speculation.verify import draw
 from hf_paged.stats import EngineStats, Optimum, Recorder
 from hf_paged.store import KVStore
 from hf_paged.supply import Supply
@@ -72,6 +77,7 @@ class EngineCore:
         self.recorder = Recorder(store.bytes_per_page, store.page_size)
         self.roster = Roster(self.memory, store)
         self.optimum = Optimum(store.page_size) if settings.track_optimum else None
+        self.drafting = Drafting(self.memory, store)
         self._submitted = 0
 
     @property
@@ -103,6 +109,7 @@ class EngineCore:
         prompt: str | None = None,
         request_id: str | None = None,
         hooks: Sequence[RowHooks] | None = None,
+        speculator: Speculator | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -110,6 +117,7 @@ class EngineCore:
             prompt_ids: at least one token id.
             seed: keys the noise of its rows; row `i` of several uses `mix_seed(seed, i)`.
             hooks: one for each of its `params.num_samples` rows.
+            speculator: drafts for it, made by `drafting.speculator`.
 
         Raises:
             ValueError: the prompt or a parameter cannot be served; the message names it and says what is allowed.
@@ -127,6 +135,7 @@ class EngineCore:
         words = bad_word_ids(params.bad_words, self.encode)
         shared = self.memory.prefixes is not None and params.prefix_caching is not False
         request.add_rows(seed, hooks, self.settings.eos_ids, words, shared)
+        request.speculator = speculator
         self._submitted += 1
         self.roster.add(request)
         return request
@@ -155,14 +164,17 @@ class EngineCore:
             decision = self._decide()
             self._apply(decision)
             work = self._reserve(decision)
+            work, drafts = self.drafting.propose(work, self.settings.max_batch_tokens)
             if work:
                 logits = self._forward(work)
-                self._conclude(work, logits, result)
+                self._conclude(work, drafts, logits, result)
         except BaseException:
             self.roster.recover(self.settings.max_sequences)
             raise
         result.finished = self.roster.collect()
-        self.recorder.step_seconds += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        self.recorder.step_seconds += seconds
+        self.drafting.stepped(seconds)
         if self.settings.check:
             self.check()
         return result
@@ -181,6 +193,7 @@ class EngineCore:
     def reset_stats(self) -> None:
         """Begin counting anew."""
         self.recorder.reset()
+        self.drafting.reset_stats()
         if self.optimum is not None:
             self.optimum.tokens = 0
         if self.memory.prefixes is not None:
@@ -193,6 +206,7 @@ class EngineCore:
             identity: by which tiers are to know its KV from now on.
         """
         self.roster.forget()
+        self.drafting.forget()
         if self.second is not None:
             self.second.forget(identity)
 
@@ -237,7 +251,9 @@ class EngineCore:
             row, count = work.row, min(work.count, work.row.sequence.pending)
             try:
                 if work.pages:
-                    copies += self.memory.reserve(row.sequence, count)
+                    made = self.memory.reserve(row.sequence, count)
+                    self.drafting.copied(made, row.sequence)
+                    copies += made
             except OutOfPages:
                 continue
             logits = count if wants_prompt(row) else int(count == row.sequence.pending)
@@ -249,49 +265,67 @@ class EngineCore:
         plan = build_plan(work, self.memory.page_size, self.device, self.settings.backend)
         begun = time.perf_counter()
         logits = self.forward(plan)
-        self.recorder.forward(plan.tokens, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        self.recorder.forward(plan.tokens, seconds)
+        self.drafting.forwarded(work, plan.tokens, seconds)
         return logits
 
-    def _conclude(self, work: list[PlanRow], logits: torch.Tensor, result: StepResult) -> None:
-        """Sample what is complete, then commit, fork, append and finish row by row."""
+    def _conclude(
+        self, work: list[PlanRow], drafts: dict[PlanRow, Proposal], logits: torch.Tensor, result: StepResult
+    ) -> None:
+        """Draw what is complete, then commit and finish row by row."""
         note_prompts(work, logits)
-        drawing, logits = rows_to_draw(work, logits)
-        sampled = sample(logits, [row.sampling for row in drawing]) if drawing else None
-        known = sum(w.count for w in work if w.count > 1 or not w.row.output_ids)
+        drawings = rows_to_draw(work, drafts)
+        known = sum(w.count for w in work if w not in drafts and (w.count > 1 or not w.row.output_ids))
         for planned in work:
-            self.memory.commit(planned.sequence, planned.count)
+            self.memory.commit(planned.sequence, 1 if planned in drafts else planned.count)
         memory = self.memory
         self.recorder.memory(len(self.roster.running), memory.pool.held, memory.live_tokens)
-        for row in drawing:  # all rows of a request share its prompt before any of them can end
-            if row.sequence is None:
-                self.roster.branch(row)
-        for i, row in enumerate(drawing):
-            self._take(row, sampled, i, result)
+        for drawing in drawings:  # all rows of a request share its prompt before any of them can end
+            if drawing.row.sequence is None:
+                self.roster.branch(drawing.row)
+        before = len(result.tokens)
+        if drawings:
+            draw(drawings, logits, partial(self._take, result))
+        if drafts:
+            self.drafting.settle(work, drawings, logits)
+        for drawing in drawings:
+            if drawing.row.finish_reason and drawing.row.sequence is not None:
+                self._finish(drawing.row)
         self.roster.shed(self.settings.max_sequences)
-        self.recorder.add(steps=1, rows=len(work), prompt_tokens=known, generated_tokens=len(drawing))
+        generated = len(result.tokens) - before
+        self.recorder.add(steps=1, rows=len(work), prompt_tokens=known, generated_tokens=generated)
 
-    def _take(self, row: Row, sampled: SampleResult, i: int, result: StepResult) -> None:
-        """Append the token that was drawn for `row`; an error ends the request alone."""
-        request, roster = row.request, self.roster
+    def _take(self, result: StepResult, row: Row, sampled: SampleResult, i: int) -> bool:
+        """Append the token that was drawn for `row`; whether it goes on. An error ends the request alone."""
         if row.finish_reason:
-            return
+            return False
         if sampled.errors[i] is not None:
-            roster.end(request, "error", sampled.errors[i])
-            return
+            self.roster.end(row.request, "error", sampled.errors[i])
+            return False
         before = len(row.output_ids)
         try:
             append_drawn(row, sampled, i)
             finished = check_finished(row, self.decode)
-            if finished and row.hooks.closing is not None:
-                row.hooks.closing(row)
         except Exception as error:
-            roster.end(request, "error", error)
-            return
+            self.roster.end(row.request, "error", error)
+            return False
         except BaseException:
             row.shorten(before)
             raise
         result.tokens.append((row, row.tokens[-1]))
-        if finished:
-            if self.optimum is not None:
-                self.optimum.finish(row)
-            roster.finish(row)
+        return not finished
+
+    def _finish(self, row: Row) -> None:
+        """End a row that has a finish reason; an error of its door ends the request alone."""
+        try:
+            if row.hooks.closing is not None:
+                row.hooks.closing(row)
+        except Exception as error:
+            row.request.error = error
+            self.roster.end(row.request, "error", error)
+            return
+        if self.optimum is not None:
+            self.optimum.finish(row)
+        self.drafting.ended(row)
+        self.roster.finish(row)

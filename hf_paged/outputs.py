@@ -46,7 +46,8 @@ class RequestMetrics:
     """When things happened to a request, in seconds of `time.perf_counter()`; None: not yet.
 
     preemptions: times that one of its rows gave up its pages. cached_tokens: tokens of its prompt that were not
-    computed, because their KV was in the prefix cache.
+    computed, because their KV was in the prefix cache. draft_tokens, accepted_tokens: drafts that the model verified,
+    and those that were its own tokens. verified_steps: rows' steps in which drafts were verified.
     """
 
     arrival_time: float
@@ -55,6 +56,9 @@ class RequestMetrics:
     finished_time: float | None = None
     preemptions: int = 0
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    verified_steps: int = 0
 
 
 @dataclass

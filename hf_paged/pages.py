@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
 
@@ -22,6 +22,9 @@ class PagePool:
 
     Args:
         num_pages: pages that can be handed out (at least 1).
+
+    Attributes:
+        taken: called with pages that were just handed out, whatever they held before.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -33,6 +36,7 @@ class PagePool:
         self._count: dict[int, int] = {}  # sequences that hold a page
         self._kept: set[int] = set()  # pages that the cache holds
         self._idle = 0
+        self.taken: Callable[[list[int]], None] | None = None
 
     @property
     def free(self) -> int:
@@ -88,6 +92,8 @@ class PagePool:
                 self._fresh += 1
             self._count[page] = 1
             pages.append(page)
+        if self.taken is not None and pages:
+            self.taken(pages)
         return pages
 
     def share(self, page: int) -> None:

@@ -22,9 +22,12 @@ class Pipeline:
     is called once for all rows of a batch that share this very Pipeline, with input_ids of no columns. Else
     it is called a row at a time, with the row's prompt and output ids, int64 [1, L], and its scores, float32
     [1, V].
+
+    drafting: those of the steps that have no state, so that drafts may be filtered by them too.
     """
 
     steps: tuple[tuple[Processor, bool], ...]
+    drafting: tuple[tuple[Processor, bool], ...] = ()
 
 
 def token_tensor(parts: Iterable[Sequence[int]], device: torch.device) -> torch.Tensor:

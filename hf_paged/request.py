@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from hf_paged.sampling import Pipeline, SamplingRow
 from hf_paged.seeds import mix_seed
 from hf_paged.sequence import Sequence
 from hf_paged.text import IncrementalText
+
+if TYPE_CHECKING:
+    from hf_paged.speculation.speculator import Speculator
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Row:
         text: decoded so far, where stop strings are looked for.
         shared: whether its KV may be shared through the prefix cache.
         text_length: characters of the output's text before the stop string that ended it.
+        drafting: whatever its request's speculator keeps of it.
     """
 
     request: Request
@@ -63,6 +68,7 @@ class Row:
     logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
+    drafting: Any = field(default=None, repr=False)
 
     @property
     def reuses(self) -> bool:
@@ -122,7 +128,7 @@ class Row:
 class Request:
     """A prompt and the rows that continue it. `ended`: all of them are finished, or it was cancelled or failed.
 
-    `on_end` is called with the request when it ends.
+    `on_end` is called with the request when it ends. `speculator` drafts for it.
     """
 
     request_id: str
@@ -137,6 +143,7 @@ class Request:
     error: Exception | None = None
     ended: bool = False
     on_end: Callable[[Request], None] | None = None
+    speculator: Speculator | None = None
 
     def add_rows(
         self,
@@ -152,7 +159,8 @@ class Request:
             params = replace(params, logprobs=0)  # the best are chosen by their log-probability
         for index in range(params.num_samples):
             hook = hooks[index] if hooks else RowHooks()
-            pipeline = Pipeline((*(hook.pipeline.steps if hook.pipeline else ()), *own)) if own else hook.pipeline
+            given = hook.pipeline or Pipeline(())
+            pipeline = Pipeline((*given.steps, *own), given.drafting) if own else hook.pipeline
             sampling = SamplingRow(
                 params=params,
                 seed=mix_seed(seed, index) if index else seed,

@@ -114,8 +114,9 @@ class Roster:
     def finish(self, row: Row) -> None:
         """Release a row that has a finish reason, and report its request if it was the last."""
         self._release(row)
-        if row.request.finished and not row.request.ended:
-            self._report(row.request)
+        request = row.request
+        if request.finished and not request.ended and all(other.sequence is None for other in request.rows):
+            self._report(request)
 
     def _release(self, row: Row) -> None:
         """Take a row's pages, of which the prefix cache keeps what is good.

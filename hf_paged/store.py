@@ -79,6 +79,20 @@ class KVStore:
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy slots (`page * page_size + offset`, int64 `[n]`) in all layers; all are read before any is written."""
+        device, size = self.keys[0].device, self.page_size
+        at = [torch.from_numpy(part).to(device) for part in (sources // size, sources % size)]
+        to = [torch.from_numpy(part).to(device) for part in (targets // size, targets % size)]
+        for tensor in (*self.keys, *self.values):
+            tensor[to[0], :, to[1]] = tensor[at[0], :, at[1]]
+
+    def clear(self, slots: np.ndarray) -> None:
+        """Write zeros to slots (`page * page_size + offset`, int64 `[n]`)."""
+        page, offset = (torch.from_numpy(part).to(self.keys[0].device) for part in divmod(slots, self.page_size))
+        for tensor in (*self.keys, *self.values):
+            tensor[page, :, offset] = 0
+
     def finite(self, pages: list[int]) -> bool:
         """Whether all numbers of `pages` are finite."""
         if not pages:

@@ -10,6 +10,7 @@ DECAY = 0.998  # of what was seen before, at every draft that is judged
 TRUST = 6.0  # drafts that a proposer's own estimate is worth
 ROW_DECAY, ROW_TRUST = 0.9, 4.0
 DEPTHS = 3  # deeper drafts are alike
+ANY = -1  # in place of a kind: whichever draft of a depth
 LEAST, MOST = 0.01, 0.985
 
 
@@ -43,14 +44,23 @@ class Acceptance:
             odds *= row.ratio
         return min(max(odds, LEAST), MOST)
 
+    def any_odds(self, source: str, depth: int) -> float:
+        """Odds that one of the drafts at `depth` is taken, once one before them was."""
+        return self.odds(source, ANY, depth, 0.7)
+
     def note(self, verdict: Verdict, row: RowRecord) -> None:
         """Learn from what the target made of a proposal."""
         proposal, depths = verdict.proposal, verdict.proposal.depths()
         row.taken *= ROW_DECAY
         row.expected *= ROW_DECAY
         for index, taken in verdict.judged():
-            key = (proposal.source, proposal.kinds[index], min(depths[index], DEPTHS))
-            seen = self._seen.setdefault(key, [0.0, 0.0])
-            seen[0], seen[1] = seen[0] * DECAY + taken, seen[1] * DECAY + 1
+            self._add(proposal.source, proposal.kinds[index], depths[index], taken)
             row.taken += taken
-            row.expected += min(proposal.odds[index], 1.0)
+            row.expected += proposal.odds[index]
+        for depth in range(1, max(depths) + 1):
+            if depth <= verdict.accepted + (not verdict.ended):
+                self._add(proposal.source, ANY, depth, depth <= verdict.accepted)
+
+    def _add(self, source: str, kind: int, depth: int, taken: bool) -> None:
+        seen = self._seen.setdefault((source, kind, min(depth, DEPTHS)), [0.0, 0.0])
+        seen[0], seen[1] = seen[0] * DECAY + taken, seen[1] * DECAY + 1

@@ -51,7 +51,9 @@ class SpeculationConfig:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         self._require(number and 0 <= value <= 1, "confidence_threshold", "a number from 0 to 1")
         value = self.early_exit
-        self._require(value is None or (is_int(value) and value >= 1), "early_exit", "an integer of at least 1, or None")
+        self._require(
+            value is None or (is_int(value) and value >= 1), "early_exit", "an integer of at least 1, or None"
+        )
         wanted = self.method != "layer_skip" or value is not None
         self._require(wanted, "early_exit", 'method="layer_skip" needs the number of layers that draft')
 

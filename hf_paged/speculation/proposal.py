@@ -89,7 +89,7 @@ class Proposal:
 
 
 def tree_places(parents: Sequence[int], computed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions, and bits of what they see, of a token at place `computed` and of the tree behind it (see `TreeMask`)."""
+    """Positions of a token at place `computed` and of the tree behind it, and what they see (see `TreeMask`)."""
     positions, visible = [computed], [1]
     for index, parent in enumerate(parents):
         positions.append(positions[parent + 1] + 1)
@@ -104,10 +104,12 @@ class Verdict:
     Attributes:
         proposal: the drafts.
         path: indices of those it took, one behind another. Exactly one token more was drawn, unless the row ended.
+        ended: whether the row ended, so that what stands behind the path was not looked at.
     """
 
     proposal: Proposal
     path: tuple[int, ...]
+    ended: bool = False
 
     @property
     def accepted(self) -> int:
@@ -115,12 +117,11 @@ class Verdict:
         return len(self.path)
 
     def judged(self) -> list[tuple[int, bool]]:
-        """The drafts that were put to the test, and whether each was taken: the children of every token of the path.
-
-        Behind the last token of a row that ended, nothing was tested.
-        """
+        """The drafts that were put to the test, and whether each was taken: the children of every token of the path."""
         taken, out = set(self.path), []
         tested = {-1, *self.path}
+        if self.ended:
+            tested.discard(self.path[-1] if self.path else -1)
         for index, parent in enumerate(self.proposal.parents):
             if parent in tested:
                 out.append((index, index in taken))

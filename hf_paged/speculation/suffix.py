@@ -92,7 +92,7 @@ class SuffixIndex:
         return found
 
     def propose(self, text: Text, depth: int, width: int) -> Proposal | None:
-        """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide: a tree, with counts."""
+        """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide."""
         self.update(text)
         found = self.matches(text) if depth > 0 else []
         if not found:

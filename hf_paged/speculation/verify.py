@@ -24,6 +24,7 @@ class Drawing:
         proposal: drafts that were computed with it, or None.
         path: drafts that were taken.
         places: entry of what was drawn, by draft, where all were drawn at once.
+        ended: whether the row ended on its way.
     """
 
     row: Row
@@ -31,10 +32,16 @@ class Drawing:
     proposal: Proposal | None = None
     path: list[int] = field(default_factory=list)
     places: list[int] | None = None
+    ended: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict(self.proposal, tuple(self.path))
+        return Verdict(self.proposal, tuple(self.path), self.ended)
+
+    def take(self, take: Take, sampled: SampleResult, at: int) -> bool:
+        """Tell of a token; whether the row goes on."""
+        self.ended = not take(self.row, sampled, at)
+        return not self.ended
 
 
 def draw(drawings: Sequence[Drawing], logits: torch.Tensor, take: Take) -> None:
@@ -55,21 +62,17 @@ def draw(drawings: Sequence[Drawing], logits: torch.Tensor, take: Take) -> None:
             lines += range(drawing.line + 1, drawing.line + 1 + len(drawing.proposal))
             rows += _ahead(drawing.row.sampling, drawing.proposal)
     sampled = sample(_lines(logits, lines), rows)
-    alive = [drawing for at, drawing in enumerate(drawings) if take(drawing.row, sampled, at) and drawing.proposal]
+    alive = [drawing for at, drawing in enumerate(drawings) if drawing.take(take, sampled, at) and drawing.proposal]
     while alive:
         alive = [drawing for drawing in alive if _follow(drawing, sampled, take)]
-        later = [drawing for drawing in alive if drawing.places is None]
-        if later:
-            own = sample(
-                _lines(logits, [drawing.line + 1 + drawing.path[-1] for drawing in later]),
-                [drawing.row.sampling for drawing in later],
-            )
-            ended = {drawing for at, drawing in enumerate(later) if not take(drawing.row, own, at)}
-            alive = [drawing for drawing in later if drawing not in ended]
+        if alive:
+            lines = [drawing.line + 1 + drawing.path[-1] for drawing in alive]
+            own = sample(_lines(logits, lines), [drawing.row.sampling for drawing in alive])
+            alive = [drawing for at, drawing in enumerate(alive) if drawing.take(take, own, at)]
 
 
 def _follow(drawing: Drawing, sampled: SampleResult, take: Take) -> bool:
-    """Go from draft to draft as long as each is the row's last token. False: it is done."""
+    """Go from draft to draft as long as each is the row's last token. True: the token behind it is yet to be drawn."""
     while True:
         node = drawing.path[-1] if drawing.path else -1
         child = drawing.proposal.child(node, drawing.row.tokens[-1])
@@ -78,7 +81,7 @@ def _follow(drawing: Drawing, sampled: SampleResult, take: Take) -> bool:
         drawing.path.append(child)
         if drawing.places is None:
             return True
-        if not take(drawing.row, sampled, drawing.places[child]):
+        if not drawing.take(take, sampled, drawing.places[child]):
             return False
 
 

@@ -13,6 +13,7 @@ import torch
 
 from hf_paged.config import EngineConfig
 from hf_paged.engine import EngineCore, StepResult
+from hf_paged.integrations.drafters import make_drafter, speculation_settings
 from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
 from hf_paged.integrations.prompts import Prompt, listed, refused
@@ -26,6 +27,10 @@ from hf_paged.params import SamplingParams
 from hf_paged.request import Request, Row
 from hf_paged.saved import load_prefixes, save_prefixes
 from hf_paged.seeds import draw_seed, mix_seed
+from hf_paged.speculation.config import SpeculationConfig
+from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.speculator import Speculator
+from hf_paged.speculation.stats import SpeculationStats
 from hf_paged.stats import EngineStats
 from hf_paged.store import KVStore
 
@@ -40,7 +45,9 @@ class Engine:
         model: a causal language model with attention in every layer.
         config: an `EngineConfig`, or a dict of its fields.
         tokenizer: needed for prompts given as text, for `stop` and `bad_words`, and for texts in results.
-        draft_model: not available yet: only None is taken.
+        draft_model: a causal model with the same vocabulary, that drafts.
+        speculation: who drafts, and how much: a `SpeculationConfig`, a dict of its fields, or the name of a method.
+            Default: `draft` where a draft model is given, else nothing is drafted.
         settings: fields of `EngineConfig`, instead of `config`.
 
     Raises:
@@ -53,14 +60,11 @@ class Engine:
         config: EngineConfig | dict[str, Any] | None = None,
         *,
         tokenizer: Any = None,
-        draft_model: Any = None,
+        draft_model: torch.nn.Module | None = None,
+        speculation: SpeculationConfig | dict[str, Any] | str | None = None,
         model_ref: Callable[[], torch.nn.Module] | None = None,
         **settings: Any,
     ) -> None:
-        if draft_model is not None:
-            raise ValueError(
-                f"draft_model={type(draft_model).__name__}: speculation is not available yet, leave it out"
-            )
         if config is not None and settings:
             raise ValueError(f"give config or {', '.join(settings)}, not both")
         if not isinstance(config, EngineConfig):
@@ -71,6 +75,7 @@ class Engine:
         self._submitted: set[Request] = set()
         self._finished: list[RequestOutput] = []
         self._closed = self._stepping = False
+        self._speculation = speculation_settings(speculation, draft_model), draft_model
         self._set_up()
 
     def _set_up(self) -> None:
@@ -94,6 +99,21 @@ class Engine:
             device=self.facts.device,
             tiers=make_tiers(config, self.facts, self.store, self._identity),
         )
+        self._drafters: dict[Any, DraftModel] = {}
+        self.speculator = self.speculator_for(*self._speculation)
+
+    def speculator_for(
+        self, config: SpeculationConfig | None, draft_model: torch.nn.Module | None = None
+    ) -> Speculator | None:
+        """Who drafts with these settings; None: nobody.
+
+        Raises:
+            ValueError: the draft model, or the number of layers, is of no use here.
+        """
+        if config is None or config.off:
+            return None
+        drafter = make_drafter(self, config, draft_model, self._drafters)
+        return self.core.drafting.speculator(config, drafter)
 
     # -- whole calls
 
@@ -198,6 +218,10 @@ class Engine:
         """Counters since the engine was made, or since `reset_stats`."""
         return self.core.stats()
 
+    def speculation_stats(self) -> SpeculationStats:
+        """What became of drafts, since the engine was made."""
+        return self.core.drafting.stats(self.core.recorder)
+
     def reset_stats(self) -> None:
         """Begin counting anew."""
         self.core.reset_stats()
@@ -245,6 +269,10 @@ class Engine:
             self.begin()
             return load_prefixes(self._prefix_memory(), self.store, path, self._identity())
 
+    def target(self) -> torch.nn.Module:
+        """The model."""
+        return self._model()
+
     def _prefix_memory(self) -> Memory:
         if self.core.memory.prefixes is None:
             raise ValueError("prefix_caching=False: this engine keeps no prefixes")
@@ -265,6 +293,9 @@ class Engine:
             for request in list(self.core.requests):
                 self.core.cancel(request.request_id)
             self.store.keys, self.store.values, self._closed = [], [], True
+            for drafter in self._drafters.values():
+                if drafter.store is not None:
+                    drafter.store.keys, drafter.store.values = [], []
 
     def __enter__(self) -> Engine:
         return self
@@ -287,6 +318,8 @@ class Engine:
             self.forget()
         else:
             self.forward.refresh()
+        for drafter in self._drafters.values():
+            drafter.forward.refresh()
 
     def _draws(self, params: SamplingParams) -> bool:
         """Whether such a request needs a seed from torch's generator."""
@@ -311,7 +344,9 @@ class Engine:
             seed = mix_seed(self.config.seed, self.core.submitted)
         else:
             seed = mix_seed(base, index)
-        return self.core.submit(prompt, params, seed=seed, prompt=text, request_id=request_id)
+        return self.core.submit(
+            prompt, params, seed=seed, prompt=text, request_id=request_id, speculator=self.speculator
+        )
 
     def _run(self, prompts: list[Prompt], params: Any) -> Iterator[tuple[int, RequestOutput]]:
         """Queue all, step until all have ended; yields index and result in order of their end."""

@@ -110,7 +110,7 @@ def pipelines(processors: Sequence[Any], rows: Sequence[RowPrompt]) -> list[Pipe
     """One pipeline a row; rows for which nothing differs share it, so that batched steps serve them together."""
     if not processors:
         return [None] * len(rows)
-    shared = Pipeline(tuple((p, isinstance(p, BATCHED)) for p in processors))
+    shared = _pipeline(processors)
     if any(isinstance(p, PER_ROW) for p in processors):
         return [_own(processors, row) for row in rows]
     if any(type(p) in LENGTHS for p in processors):
@@ -119,7 +119,13 @@ def pipelines(processors: Sequence[Any], rows: Sequence[RowPrompt]) -> list[Pipe
 
 
 def _own(processors: Sequence[Any], row: RowPrompt) -> Pipeline:
-    return Pipeline(tuple((_for_row(p, row), isinstance(p, BATCHED)) for p in processors))
+    return _pipeline([_for_row(p, row) for p in processors])
+
+
+def _pipeline(processors: Sequence[Any]) -> Pipeline:
+    """transformers' own processors may be asked about drafts too: they keep no state."""
+    steps = tuple((p, isinstance(p, BATCHED)) for p in processors)
+    return Pipeline(steps, tuple(step for step in steps if type(step[0]).__module__ == lp.__name__))
 
 
 def _for_row(processor: Any, row: RowPrompt) -> Any:

@@ -63,7 +63,7 @@ class NativeOps:
         self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _P, _F, _P, _P, _P]
         self._grouped = library.grouped_attention
         self._grouped.argtypes = (
-            [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _F, _P, _P, _P, _I, _P, _I] + [_P] * 2
+            [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _F, _P, _P, _P, _I, _P, _I] + [_P] * 4
         )
         self._norm.argtypes, self._norm.restype = [_P, _P, _P, _F, _I, _I], None
         self._silu_mul = library.silu_mul

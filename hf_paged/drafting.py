@@ -1,0 +1,199 @@
+"""The loop's side of speculation: drafts into the plan, accepted ones into memory, rejected ones out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hf_paged.memory import Memory, OutOfPages, PageCopy
+from hf_paged.plan import PlanRow
+from hf_paged.request import Row
+from hf_paged.sequence import Sequence
+from hf_paged.speculation.config import SpeculationConfig
+from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.guide import Overhead
+from hf_paged.speculation.proposal import Proposal
+from hf_paged.speculation.speculator import Speculator
+from hf_paged.speculation.stats import SpeculationStats, collect
+from hf_paged.speculation.suffix import SuffixIndex
+from hf_paged.speculation.verify import Drawing
+from hf_paged.stats import Recorder
+from hf_paged.store import KVStore
+
+
+class Drafting:
+    """Speculation in one engine.
+
+    Attributes:
+        cost, overhead: what steps of the target take.
+        speculators: by settings and draft model.
+    """
+
+    def __init__(self, memory: Memory, store: KVStore) -> None:
+        self.memory, self.store = memory, store
+        self.cost, self.overhead = CostTable(), Overhead()
+        self.suffixes: SuffixIndex | None = None
+        self.speculators: dict[tuple[SpeculationConfig, DraftModel | None], Speculator] = {}
+        self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
+        self._plain = False  # whether the latest step held no prompt
+        self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
+
+    def speculator(self, config: SpeculationConfig, drafter: DraftModel | None = None) -> Speculator | None:
+        """The speculator of these settings; None where nothing is to be drafted."""
+        if config.off:
+            return None
+        known = self.speculators.get((config, drafter))
+        if known is None:
+            if config.method in ("suffix", "auto") and self.suffixes is None:
+                self.suffixes = SuffixIndex(config.suffix_tokens)
+            known = Speculator(config, self.cost, self.overhead, self.suffixes, drafter)
+            self.speculators[config, drafter] = known
+            if self.drafters:
+                self.memory.pool.taken = self._taken
+        return known
+
+    @property
+    def drafters(self) -> set[DraftModel]:
+        """All draft models."""
+        return {drafter for _, drafter in self.speculators if drafter is not None}
+
+    def _taken(self, pages: list[int]) -> None:
+        for drafter in self.drafters:
+            drafter.taken(pages)
+
+    def copied(self, copies: list[PageCopy], sequence: Sequence) -> None:
+        """Pages of `sequence` were copied."""
+        if copies and self.speculators:
+            for drafter in self.drafters:
+                drafter.copied(copies, sequence.computed % self.memory.page_size or self.memory.page_size)
+
+    def forget(self) -> None:
+        """The model is not what it was."""
+        for drafter in self.drafters:
+            drafter.forget()
+
+    # -- before the forward
+
+    def propose(self, work: list[PlanRow], most: int) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
+        """`work` with drafts behind the last tokens of rows, up to `most` tokens in all, and these drafts."""
+        self._drafted = sum(drafter.seconds for drafter in self.drafters) if self.speculators else 0.0
+        groups: dict[Speculator, list[PlanRow]] = {}
+        for planned in work:
+            row = planned.row
+            if row.request.speculator is not None and row.output_ids and planned.sequence.pending == 1:
+                groups.setdefault(row.request.speculator, []).append(planned)
+        tokens = sum(planned.count for planned in work)
+        drawn = sum(planned.count == planned.sequence.pending for planned in work)
+        found: dict[PlanRow, Proposal] = {}
+        for speculator, rows in groups.items():
+            made = speculator.propose(rows, tokens, drawn, most - tokens, self._reserve)
+            tokens += sum(map(len, made.values()))
+            found |= made
+        if not found:
+            return work, found
+        wider = [self._with_drafts(planned, found.get(planned)) for planned in work]
+        drafts = {new: found[old] for old, new in zip(work, wider, strict=True) if old in found}
+        # Decodes first, then drafts, then prompts.
+        wider.sort(key=lambda planned: 0 if planned.count == 1 else 1 if planned in drafts else 2)
+        return wider, drafts
+
+    @staticmethod
+    def _with_drafts(planned: PlanRow, proposal: Proposal | None) -> PlanRow:
+        if proposal is None:
+            return planned
+        sequence, count = planned.sequence, 1 + len(proposal)
+        span = proposal.span(sequence.tokens[-1], sequence.computed)
+        return replace(planned, count=count, logits=count, span=span)
+
+    def _reserve(self, planned: PlanRow, drafts: int) -> bool:
+        """Make slots for drafts of a row writable. Drafts never take the pages of another row."""
+        try:
+            copies = self.memory.reserve(planned.sequence, 1 + drafts)
+        except OutOfPages:
+            return False
+        self.store.copy(copies)
+        self.copied(copies, planned.sequence)
+        return True
+
+    # -- behind it
+
+    def forwarded(self, work: Rows[PlanRow], tokens: int, seconds: float) -> None:
+        """Note what the forward took."""
+        if not self.speculators:
+            return
+        self._plain = all(planned.count == 1 or planned.span is not None for planned in work)
+        self._nodes = sum(planned.count - 1 for planned in work if planned.span is not None)
+        self._forward = seconds
+        if self._nodes:
+            self.verified += 1
+            self.verify_seconds += seconds
+        if self._plain:
+            self.cost.note(tokens, seconds)
+
+    def stepped(self, seconds: float) -> None:
+        """Note what the step took in all."""
+        if self.speculators and self._plain:
+            spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
+            self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
+
+    def settle(self, work: Rows[PlanRow], drawings: Rows[Drawing], logits: torch.Tensor) -> None:
+        """KV of accepted drafts goes to its place and is committed; pages of the others are released."""
+        planned_of = {planned.row: planned for planned in work}
+        judged = [(planned_of[drawing.row], drawing) for drawing in drawings if drawing.proposal is not None]
+        self._clean([(planned, drawing) for planned, drawing in judged if drawing.row.sequence is not None], logits)
+        for planned, drawing in judged:
+            sequence = drawing.row.sequence
+            if sequence is None:  # its request failed
+                continue
+            computed = sequence.computed
+            # The last token's KV is never stored: a draft that ended the row is not committed.
+            accepted = min(len(drawing.path), sequence.pending - 1)
+            self.memory.commit(sequence, accepted)
+            self.memory.rollback(sequence, sequence.computed)
+            drawing.row.request.speculator.judge(planned, drawing.verdict, computed - 1)
+
+    def _clean(self, judged: list[tuple[PlanRow, Drawing]], logits: torch.Tensor) -> None:
+        """Move KV of taken branches into place; put zeros where drafts left numbers that are not finite."""
+        sources, targets, bad = [], [], []
+        lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
+        finite = logits[lines].isfinite().all(1).tolist() if lines else []
+        at = 0
+        for planned, drawing in judged:
+            sequence, first = planned.sequence, planned.span.first + 1
+            for node in range(len(drawing.proposal)):
+                if not finite[at + 1 + node]:
+                    bad.append(self._slot(sequence, first + node))
+            at += 1 + len(drawing.proposal)
+            for place, node in enumerate(drawing.path):
+                if place != node:
+                    sources.append(self._slot(sequence, first + node))
+                    targets.append(self._slot(sequence, first + place))
+        if bad:
+            self.store.clear(np.array(bad))
+        if sources:
+            self.store.move(np.array(sources), np.array(targets))
+
+    def _slot(self, sequence: Sequence, place: int) -> int:
+        size = self.memory.page_size
+        return sequence.pages[place // size] * size + place % size
+
+    def stats(self, recorder: Recorder) -> SpeculationStats:
+        """What became of all drafts; `recorder` knows the rest of the time."""
+        return collect(self.speculators.values(), self.drafters, self.verified, self.verify_seconds, recorder)
+
+    def reset_stats(self) -> None:
+        """Begin counting anew."""
+        self.verified, self.verify_seconds = 0, 0.0
+        for speculator in self.speculators.values():
+            speculator.tallies.clear()
+        for drafter in self.drafters:
+            drafter.seconds = 0.0
+
+    def ended(self, row: Row) -> None:
+        """A row has ended."""
+        if row.request.speculator is not None:
+            row.request.speculator.ended(row)

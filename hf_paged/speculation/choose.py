@@ -1,0 +1,64 @@
+"""A draft model's tokens: its own likeliest, under the row's parameters and the row's noise.
+
+A row that samples has its noise keyed by place, so a draft model that draws with the same noise agrees with the target
+as often as the two distributions allow (Gumbel coupling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged import filters
+from hf_paged.noise import gumbel
+from hf_paged.penalties import adjust
+from hf_paged.pipeline import Pipeline, run_pipelines
+from hf_paged.sampling import SamplingRow
+
+CANDIDATES = 64  # the draft's likeliest tokens, among which noise decides
+
+
+@torch.no_grad()
+def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tuple[list[list[int]], list[list[float]]]:
+    """The `width` likeliest tokens of each row, and the probabilities of each to come first.
+
+    Args:
+        logits: float32 `[rows, vocab]` of the draft model.
+        rows: as they are where these tokens would stand.
+
+    Returns:
+        token ids and probabilities, largest first. NaN where logits are.
+    """
+    scores = logits
+    if any(row.pipeline is not None and row.pipeline.drafting for row in rows):
+        for row in rows:
+            row.pipeline = Pipeline(row.pipeline.drafting) if row.pipeline is not None else None
+        scores = run_pipelines(logits, rows, [None] * len(rows))
+    scores = adjust(scores, rows, owned=scores is not logits)
+    width = min(width, scores.shape[1])
+    sampled = [i for i, row in enumerate(rows) if not row.params.greedy]
+    values, ids = scores.topk(min(CANDIDATES, scores.shape[1]) if sampled else width, dim=1)
+    if sampled:
+        at = torch.tensor(sampled, device=scores.device)
+        values[at] = _with_noise(values[at], ids[at], [rows[i] for i in sampled])
+        probs, place = values.softmax(dim=1).topk(width, dim=1)
+        ids = ids.gather(1, place)
+    else:
+        probs = (values - scores.logsumexp(dim=1, keepdim=True)).exp()
+    return ids.tolist(), probs.tolist()
+
+
+def _with_noise(values: torch.Tensor, ids: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Scores of the likeliest tokens, tempered, filtered and with noise: the largest is drawn."""
+    given = filters.draw_tensors(
+        [row.params for row in rows], [row.seed for row in rows], [row.position for row in rows], values.device
+    )
+    values = filters.warm(values, given)
+    if given.any_top_p:  # of the candidates' own sum: close enough for a draft
+        probs = values.softmax(dim=1)
+        before = probs.cumsum(dim=1) - probs
+        values = values.masked_fill((given.limit >= 0) & (before >= 1 - given.limit), -torch.inf)
+    count = values.shape[1]
+    spread = (given.seeds.repeat_interleave(count), given.positions.repeat_interleave(count))
+    return values + gumbel(*spread, ids.flatten()).view_as(values).float()

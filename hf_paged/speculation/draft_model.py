@@ -1,0 +1,261 @@
+"""Drafts of a model: its KV lies in pages of its own store under the page ids of the target's."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from math import isnan
+
+import numpy as np
+import torch
+
+from hf_paged.memory import PageCopy
+from hf_paged.plan import PlanRow, Span, StepPlan, build_plan
+from hf_paged.sequence import Sequence
+from hf_paged.speculation.choose import choose
+from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.guide import Guide
+from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict, tree_places
+from hf_paged.store import KVStore
+
+logger = logging.getLogger("hf_paged")
+KINDS = 12  # a draft's probability, in so many steps
+
+
+@dataclass(eq=False)
+class Tree:
+    """Drafts of one row in the making. Frontier: those whose children come next, -1 for the row's last token."""
+
+    planned: PlanRow
+    deepest: int
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    odds: list[float] = field(default_factory=list)
+    reach: list[float] = field(default_factory=list)
+    frontier: list[int] = field(default_factory=lambda: [-1])
+    fed: int = 0
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from the row's last one to `node`."""
+        path = []
+        while node >= 0:
+            path.append(self.tokens[node])
+            node = self.parents[node]
+        return path[::-1]
+
+
+class DraftModel:
+    """Drafts by a causal model with the target's vocabulary, or by the target's own first layers.
+
+    A batch of drafts is one forward a depth. What was drafted and taken is known to the draft model already; what was
+    not is computed anew with the row's next tokens, in the same forward.
+
+    Args:
+        forward: plan → logits `[n, vocab]`; stores KV of the plan's tokens in `store`.
+        store: the draft model's KV. None: the target's own forward stores it (layer skip).
+        num_pages, page_size: of the target's pool.
+        most: tokens of one forward.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[StepPlan], torch.Tensor],
+        store: KVStore | None,
+        num_pages: int,
+        page_size: int,
+        *,
+        name: str = "draft",
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+        most: int = 512,
+    ) -> None:
+        self.forward, self.store, self.page_size, self.name = forward, store, page_size, name
+        self.device, self.backend, self.most = device, backend, most
+        self.cost, self.seconds, self.failed = CostTable(), 0.0, False
+        self._trees: dict[Sequence, Tree] = {}  # of the latest step
+        self._filled = np.zeros(num_pages + 1, np.int32)  # slots of each page that hold KV of the tokens there
+
+    # -- pages
+
+    def forget(self) -> None:
+        """No KV is known any more."""
+        self._filled[:] = 0
+
+    def taken(self, pages: Rows[int]) -> None:
+        """These pages begin anew."""
+        self._filled[list(pages)] = 0
+
+    def copied(self, copies: list[PageCopy], valid: int) -> None:
+        """Pages were copied; `valid` slots of the last one are of use."""
+        if self.store is not None and copies:
+            self.store.copy(copies)
+            for copy in copies:
+                self._filled[copy.target] = min(self._filled[copy.source], valid)
+
+    def known(self, planned: PlanRow) -> int:
+        """Tokens of the row, from the first, whose KV is there."""
+        sequence, size = planned.sequence, self.page_size
+        if self.store is None:
+            return sequence.computed
+        filled = self._filled[sequence.pages[: -(-sequence.computed // size)]]
+        short = np.flatnonzero(filled < size)
+        known = len(filled) * size if not len(short) else int(short[0]) * size + int(filled[short[0]])
+        return min(known, sequence.computed)
+
+    def _mark(self, planned: PlanRow, begin: int, known: int) -> None:
+        """KV of tokens `begin` to `known` is there now, and of none behind."""
+        size, pages = self.page_size, planned.sequence.pages
+        for index in range(begin // size, min(-(-(known + 1) // size), len(pages))):
+            self._filled[pages[index]] = min(max(known - index * size, 0), size)
+
+    # -- drafts
+
+    def propose(
+        self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
+    ) -> list[Proposal | None]:
+        """Drafts for each row, at most `deepest` deep. An error of the model's is logged, and nothing more is drafted.
+
+        Args:
+            reserve: makes slots for so many drafts of a row writable, or says that it cannot.
+        """
+        trees = [Tree(planned, depth) for planned, depth in zip(rows, deepest, strict=True)]
+        self._trees = {tree.planned.sequence: tree for tree in trees}
+        try:
+            self._grow(trees, guide, reserve)
+        except Exception as error:
+            logger.warning("%s failed: nothing more is drafted by it (%s: %s)", self.name, type(error).__name__, error)
+            self.failed = True
+            self.forget()
+            if self.store is not None:
+                self.store.scrub(sorted({page for planned in rows for page in planned.sequence.pages}))
+            return [None] * len(rows)
+        return [self._proposal(tree) if tree.tokens else None for tree in trees]
+
+    def _proposal(self, tree: Tree) -> Proposal:
+        parts = (tree.tokens, tree.parents, tree.kinds, tree.odds)
+        return Proposal(*map(tuple, parts), self.name)
+
+    def _grow(self, trees: list[Tree], guide: Guide, reserve: Callable[[PlanRow, int], bool]) -> None:
+        known = [self.known(tree.planned) for tree in trees]
+        lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
+        deepest = max((tree.deepest for tree in trees), default=0)
+        if deepest == 0 or not guide.goes_on(1, [1.0] * len(trees), lag, deepest):
+            return
+        logits = self._catch_up(trees, known, guide)
+        self._extend(trees, logits, guide, 1)
+        for depth in range(2, deepest + 1):
+            growing = [tree for tree in trees if tree.frontier and depth <= tree.deepest]
+            growing = [tree for tree in growing if reserve(tree.planned, len(tree.tokens))]
+            reaches = [tree.reach[node] for tree in growing for node in tree.frontier]
+            if not guide.goes_on(depth, reaches, len(reaches), deepest):
+                return
+            self._extend(growing, self._compute(growing, guide), guide, depth)
+
+    def _catch_up(self, trees: list[Tree], known: list[int], guide: Guide) -> torch.Tensor:
+        """Logits behind the last token of each row; what the model has not seen of it yet is computed."""
+        rows = []
+        for tree, begin in zip(trees, known, strict=True):
+            sequence = tree.planned.sequence
+            end = sequence.computed + 1
+            while end - begin > self.most:  # alone, in parts
+                self._run([self._row(tree, begin, begin + self.most, 0)], guide)
+                begin += self.most
+            rows.append(self._row(tree, begin, end, 1))
+        parts, waiting, total = [], [], 0
+        for row in [*rows, None]:
+            if waiting and (row is None or total + row.count > self.most):
+                parts.append(self._run(waiting, guide))
+                waiting, total = [], 0
+            if row is not None:
+                waiting.append(row)
+                total += row.count
+        for tree, begin in zip(trees, known, strict=True):
+            self._mark(tree.planned, begin, tree.planned.sequence.computed + 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _row(self, tree: Tree, begin: int, end: int, logits: int) -> PlanRow:
+        tokens = tree.planned.sequence.tokens[begin:end]
+        return PlanRow(tree, tree.planned.sequence, end - begin, logits, Span(tuple(tokens), begin, begin))
+
+    def _compute(self, trees: list[Tree], guide: Guide) -> torch.Tensor:
+        """Logits behind the frontier of each tree."""
+        rows = []
+        for tree in trees:
+            computed, first, count = tree.planned.sequence.computed, tree.fed, len(tree.frontier)
+            span = Span(tuple(tree.tokens[first : first + count]), computed + 1 + first, computed)
+            if tree.parents != list(range(-1, len(tree.parents) - 1)):
+                positions, visible = tree_places(tree.parents, computed)
+                own = slice(first + 1, first + 1 + count)
+                span = Span(span.token_ids, span.first, computed, positions[own], visible[own])
+            rows.append(PlanRow(tree, tree.planned.sequence, count, count, span))
+            tree.fed = first + count
+        return self._run(rows, guide)
+
+    def _run(self, rows: list[PlanRow], guide: Guide) -> torch.Tensor:
+        """One forward; logits in the order of `rows`."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].count > 1 or rows[i].branches)
+        plan = build_plan([rows[i] for i in order], self.page_size, self.device, self.backend)
+        begun = time.perf_counter()
+        logits = self.forward(plan)
+        seconds = time.perf_counter() - begun
+        self.cost.note(plan.tokens, seconds)
+        self.seconds += seconds
+        if guide.ledger is not None:
+            guide.ledger.spent += seconds
+        if order == list(range(len(rows))) or not len(logits):
+            return logits
+        starts, at = {}, 0
+        for i in order:
+            starts[i] = at
+            at += rows[i].logits
+        index = [starts[i] + j for i in range(len(rows)) for j in range(rows[i].logits)]
+        return logits[torch.tensor(index, device=logits.device)]
+
+    def _extend(self, trees: list[Tree], logits: torch.Tensor, guide: Guide, depth: int) -> None:
+        """Add children to every node of every frontier; the best of them are the next frontier."""
+        nodes = [(tree, node) for tree in trees for node in tree.frontier]
+        rows = [tree.planned.row.sampling.ahead(tree.path(node)) for tree, node in nodes]
+        tokens, probs = choose(logits, rows, guide.width)
+        least, at = guide.least(), 0
+        for tree in trees:
+            grown = []
+            for node in tree.frontier:
+                reach = tree.reach[node] if node >= 0 else 1.0
+                for token, prob in zip(tokens[at], probs[at], strict=True):
+                    if isnan(prob):
+                        raise FloatingPointError("the draft model's logits hold NaN")
+                    if prob >= guide.threshold:
+                        kind = min(int(prob * KINDS), KINDS - 1)
+                        odds = guide.odds(tree.planned, kind, depth, prob)
+                        grown.append((reach * odds, node, token, kind, odds))
+                at += 1
+            grown.sort(key=lambda entry: -entry[0])
+            grown = [entry for entry in grown[: guide.width] if entry[0] >= least]
+            self._add(tree, grown[: MOST_NODES - len(tree.tokens)], guide)
+
+    def _add(self, tree: Tree, grown: list[tuple], guide: Guide) -> None:
+        tree.frontier = list(range(len(tree.tokens), len(tree.tokens) + len(grown)))
+        for reach, parent, token, kind, odds in grown:
+            tree.tokens.append(token)
+            tree.parents.append(parent)
+            tree.kinds.append(kind)
+            tree.odds.append(odds)
+            tree.reach.append(reach)
+        if guide.ledger is not None:
+            guide.ledger.nodes += len(grown)
+            guide.ledger.reach += sum(entry[0] for entry in grown)
+
+    def settle(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
+        """Drafts that were taken and lie in their places are known; `computed` tokens of the row were, before."""
+        if self.store is None:
+            return
+        tree, known = self._trees.get(planned.sequence), computed + 1
+        for place, node in enumerate(verdict.path):
+            if tree is None or verdict.proposal.origin[node] != place or place >= tree.fed:
+                break
+            known += 1
+        self._mark(planned, computed + 1, known)

@@ -1,0 +1,233 @@
+"""Who drafts what in a step: proposers, what they are known to be worth, and what the step can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hf_paged.plan import PlanRow
+from hf_paged.request import Row
+from hf_paged.speculation.acceptance import Acceptance, RowRecord
+from hf_paged.speculation.config import SpeculationConfig
+from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.guide import Guide, Ledger, Overhead
+from hf_paged.speculation.lookup import NgramIndex, lookup
+from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
+from hf_paged.speculation.suffix import SuffixIndex, Text
+
+PROBE = 48  # steps after which one row's drafts are tried although they do not seem to pay
+
+
+@dataclass(eq=False)
+class RowDrafting:
+    """What a speculator keeps of one row."""
+
+    records: dict[str, RowRecord] = field(default_factory=dict)
+    ngrams: NgramIndex | None = None
+    text: Text | None = None
+
+    def record(self, source: str) -> RowRecord:
+        return self.records.setdefault(source, RowRecord())
+
+
+@dataclass(eq=False)
+class Tally:
+    """What became of one proposer's drafts: how many were verified, taken, and by depth: tested and taken."""
+
+    proposed: int = 0
+    accepted: int = 0
+    depths: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, verdict: Verdict) -> None:
+        self.proposed += len(verdict.proposal)
+        self.accepted += verdict.accepted
+        for depth in range(1, max(verdict.proposal.depths()) + 1):
+            if depth <= verdict.accepted + (not verdict.ended):
+                seen = self.depths.setdefault(depth, [0, 0])
+                seen[0] += 1
+                seen[1] += depth <= verdict.accepted
+
+
+class Speculator:
+    """Drafts for the rows of requests that share its settings.
+
+    Args:
+        config: see `SpeculationConfig`.
+        cost, overhead: of the target's steps, kept by the engine.
+        suffixes: what the suffix proposer knows, shared by all speculators of an engine.
+        drafter: a draft model, or the target's first layers.
+    """
+
+    def __init__(
+        self,
+        config: SpeculationConfig,
+        cost: CostTable,
+        overhead: Overhead,
+        suffixes: SuffixIndex | None = None,
+        drafter: DraftModel | None = None,
+    ) -> None:
+        self.config, self.cost, self.overhead, self.suffixes, self.drafter = config, cost, overhead, suffixes, drafter
+        self.acceptance = Acceptance()
+        self.tallies: dict[str, Tally] = {}
+        self._idle = 0
+
+    def propose(
+        self,
+        rows: Sequence[PlanRow],
+        tokens: int,
+        drawn: int,
+        budget: int,
+        reserve: Callable[[PlanRow, int], bool],
+    ) -> dict[PlanRow, Proposal]:
+        """Drafts for some of `rows`, each of which is to compute its last token.
+
+        Args:
+            tokens, drawn: tokens that the step computes, and rows that draw, without drafts.
+            budget: drafts that the step can take.
+            reserve: makes slots for so many drafts of a row writable, or says that it cannot.
+        """
+        depths = {planned: self._deepest(planned.row, budget) for planned in rows}
+        depths = {planned: depth for planned, depth in depths.items() if depth > 0}
+        if not depths or budget <= 0:
+            return {}
+        ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
+        offers = self._known_texts(depths)
+        drafting = [planned for planned in depths if planned not in offers]
+        if self.drafter is not None and not self.drafter.failed:
+            if ledger is not None and self.config.method == "auto":
+                drafting = self._better_drafted(depths, offers, ledger)
+            offers |= self._drafted({planned: depths[planned] for planned in drafting}, ledger, reserve)
+        chosen = self._choose(offers, ledger, budget)
+        return {planned: proposal for planned, proposal in chosen.items() if reserve(planned, len(proposal))}
+
+    def _deepest(self, row: Row, budget: int) -> int:
+        """Drafts one behind another that can be of use: the last token of a row is drawn behind the last of them."""
+        return min(self.config.max_draft_tokens, row.request.max_tokens - len(row.output_ids) - 1, budget)
+
+    def _state(self, row: Row) -> RowDrafting:
+        if row.drafting is None:
+            row.drafting = RowDrafting()
+        return row.drafting
+
+    # -- proposers that cost next to nothing
+
+    def _known_texts(self, depths: dict[PlanRow, int]) -> dict[PlanRow, Proposal]:
+        """What lookup and the suffix index offer: of both the one that promises more."""
+        offers = {}
+        for planned, depth in depths.items():
+            found = [self._with_odds(planned, p) for p in self._texts_of(planned.row, depth) if p is not None]
+            if found:
+                offers[planned] = max(found, key=lambda proposal: sum(proposal.reach()))
+        return offers
+
+    def _texts_of(self, row: Row, depth: int) -> list[Proposal | None]:
+        state, found, method = self._state(row), [], self.config.method
+        if method in ("lookup", "auto"):
+            if state.ngrams is None:
+                state.ngrams = NgramIndex(self.config.max_matching_ngram_size)
+            found.append(lookup(state.ngrams, row.tokens, depth))
+        if method in ("suffix", "auto") and self.suffixes is not None:
+            if state.text is None:
+                state.text = self.suffixes.open(row.tokens, row.salt if row.shared else row)
+            found.append(self.suffixes.propose(state.text, depth, self.config.tree_width))
+        return found
+
+    def _with_odds(self, planned: PlanRow, proposal: Proposal) -> Proposal:
+        """The same with the odds that were seen."""
+        record, depths = self._state(planned.row).record(proposal.source), proposal.depths()
+        odds = [
+            self.acceptance.odds(proposal.source, kind, depth, prior, record)
+            for kind, depth, prior in zip(proposal.kinds, depths, proposal.odds, strict=True)
+        ]
+        return Proposal(proposal.tokens, proposal.parents, proposal.kinds, tuple(odds), proposal.source)
+
+    # -- the draft model
+
+    def _better_drafted(
+        self, depths: dict[PlanRow, int], offers: dict[PlanRow, Proposal], ledger: Ledger
+    ) -> list[PlanRow]:
+        """Rows for which the draft model promises more tokens than what texts offer, its time taken into account."""
+        name, reach, expected = self.drafter.name, 1.0, 0.0
+        for depth in range(1, min(4, self.config.max_draft_tokens) + 1):
+            reach *= self.acceptance.any_odds(name, depth)
+            expected += reach
+        price = 4 * self.drafter.cost.seconds(len(depths)) * ledger.plain() / max(len(depths), 1)
+        return [planned for planned in depths if sum(_reach(offers.get(planned))) < expected - price]
+
+    def _drafted(
+        self, depths: dict[PlanRow, int], ledger: Ledger | None, reserve: Callable[[PlanRow, int], bool]
+    ) -> dict[PlanRow, Proposal]:
+        if not depths:
+            return {}
+        drafter, rows = self.drafter, list(depths)
+        probing = ledger is not None and self._idle >= PROBE
+        if probing:
+            rows, ledger = rows[:1], None
+        records = {planned: self._state(planned.row).record(drafter.name) for planned in rows}
+        threshold = self.config.confidence_threshold
+        guide = Guide(drafter.name, self.acceptance, ledger, drafter.cost, self.config.tree_width, threshold, records)
+        deepest = [min(depths[planned], 2) if probing else depths[planned] for planned in rows]
+        made = drafter.propose(rows, deepest, guide, reserve)
+        found = {planned: proposal for planned, proposal in zip(rows, made, strict=True) if proposal is not None}
+        self._idle = 0 if found else self._idle + 1
+        return found
+
+    # -- what is verified
+
+    def _choose(self, offers: dict[PlanRow, Proposal], ledger: Ledger | None, budget: int) -> dict[PlanRow, Proposal]:
+        """The drafts that are worth their place, over all rows: those with the best odds first."""
+        nodes = [
+            (reach, -index, planned)
+            for planned, proposal in offers.items()
+            for index, reach in enumerate(proposal.reach()[:MOST_NODES])
+        ]
+        nodes.sort(key=lambda node: (-node[0], -node[1]))
+        if ledger is None:
+            count = budget
+        else:
+            ledger.nodes, ledger.reach = 0, 0.0
+            count = min(ledger.choose([reach for reach, _, _ in nodes]), budget)
+        chosen: dict[PlanRow, list[int]] = {}
+        for _, index, planned in nodes[:count]:
+            chosen.setdefault(planned, []).append(-index)
+        return {planned: self._in_order(offers[planned], set(indices)) for planned, indices in chosen.items()}
+
+    @staticmethod
+    def _in_order(proposal: Proposal, chosen: set[int]) -> Proposal:
+        """The chosen drafts with the likeliest path first: where it is taken, its KV lies in place already."""
+        if proposal.is_chain:
+            return proposal if len(chosen) == len(proposal) else proposal.pick(sorted(chosen))
+        children: dict[int, list[int]] = {}
+        for index in sorted(chosen):
+            children.setdefault(proposal.parents[index], []).append(index)
+        order, stack = [], [-1]
+        while stack:
+            node = stack.pop()
+            if node >= 0:
+                order.append(node)
+            stack += sorted(children.get(node, ()), key=lambda index: proposal.odds[index])
+        return proposal.pick(order)
+
+    # -- what came of it
+
+    def judge(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
+        """Learn from what the target made of a row's drafts; `computed` of its tokens were, before."""
+        row, source = planned.row, verdict.proposal.source
+        self.acceptance.note(verdict, self._state(row).record(source))
+        self.tallies.setdefault(source, Tally()).add(verdict)
+        metrics = row.request.metrics
+        metrics.draft_tokens += len(verdict.proposal)
+        metrics.accepted_tokens += verdict.accepted
+        metrics.verified_steps += 1
+        if self.drafter is not None and source == self.drafter.name:
+            self.drafter.settle(planned, verdict, computed)
+
+    def ended(self, row: Row) -> None:
+        """A row has ended: what it wrote is known to the suffix index."""
+        if row.drafting is not None and row.drafting.text is not None:
+            self.suffixes.update(row.drafting.text)
+
+
+def _reach(proposal: Proposal | None) -> list[float]:
+    return proposal.reach() if proposal is not None else []
