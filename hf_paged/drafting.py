@@ -31,6 +31,7 @@ class Drafting:
     Attributes:
         cost, overhead: what steps of the target take.
         speculators: by settings and draft model.
+        drafters: all draft models.
     """
 
     def __init__(self, memory: Memory, store: KVStore) -> None:
@@ -38,6 +39,7 @@ class Drafting:
         self.cost, self.overhead = CostTable(), Overhead()
         self.suffixes: SuffixIndex | None = None
         self.speculators: dict[tuple[SpeculationConfig, DraftModel | None], Speculator] = {}
+        self.drafters: list[DraftModel] = []
         self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
         self._plain = False  # whether the latest step held no prompt
         self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
@@ -52,14 +54,15 @@ class Drafting:
                 self.suffixes = SuffixIndex(config.suffix_tokens)
             known = Speculator(config, self.cost, self.overhead, self.suffixes, drafter)
             self.speculators[config, drafter] = known
-            if self.drafters:
+            if drafter is not None and drafter not in self.drafters:
+                self.drafters.append(drafter)
                 self.memory.pool.taken = self._taken
         return known
 
-    @property
-    def drafters(self) -> set[DraftModel]:
-        """All draft models."""
-        return {drafter for _, drafter in self.speculators if drafter is not None}
+    def drop(self, drafter: DraftModel) -> None:
+        """Nothing is drafted by `drafter` any more; its KV is freed."""
+        self.drafters.remove(drafter)
+        self.speculators = {key: known for key, known in self.speculators.items() if key[1] is not drafter}
 
     def _taken(self, pages: list[int]) -> None:
         for drafter in self.drafters:
@@ -80,7 +83,9 @@ class Drafting:
 
     def propose(self, work: list[PlanRow], most: int) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
         """`work` with drafts behind the last tokens of rows, up to `most` tokens in all, and these drafts."""
-        self._drafted = sum(drafter.seconds for drafter in self.drafters) if self.speculators else 0.0
+        if not self.speculators:
+            return work, {}
+        self._drafted = sum(drafter.seconds for drafter in self.drafters)
         groups: dict[Speculator, list[PlanRow]] = {}
         for planned in work:
             row = planned.row
@@ -160,7 +165,7 @@ class Drafting:
         """Move KV of taken branches into place; put zeros where drafts left numbers that are not finite."""
         sources, targets, bad = [], [], []
         lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
-        finite = logits[lines].isfinite().all(1).tolist() if lines else []
+        finite = logits[lines].sum(1).isfinite().tolist() if lines else []
         at = 0
         for planned, drawing in judged:
             sequence, first = planned.sequence, planned.span.first + 1

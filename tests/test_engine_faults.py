@@ -218,7 +218,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("place", [*PLACES, "sample", "build_plan", "append_drawn", "check_finished", "decode"])
+@pytest.mark.parametrize("place", [*PLACES, "draw", "build_plan", "append_drawn", "check_finished", "decode"])
 def test_an_interrupt_anywhere_loses_nothing(monkeypatch, place, after):
     """Ctrl-C before or after any call of a step: the step raises; going on gives the same tokens; no page is lost."""
     for at in (1, 2, 3, 5, 8, 13):

@@ -38,14 +38,14 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tup
     scores = adjust(scores, rows, owned=scores is not logits)
     width = min(width, scores.shape[1])
     sampled = [i for i, row in enumerate(rows) if not row.params.greedy]
-    values, ids = scores.topk(min(CANDIDATES, scores.shape[1]) if sampled else width, dim=1)
-    if sampled:
+    if not sampled:
+        probs, ids = scores.softmax(dim=1).topk(width, dim=1)
+    else:
+        values, ids = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1)
         at = torch.tensor(sampled, device=scores.device)
         values[at] = _with_noise(values[at], ids[at], [rows[i] for i in sampled])
         probs, place = values.softmax(dim=1).topk(width, dim=1)
         ids = ids.gather(1, place)
-    else:
-        probs = (values - scores.logsumexp(dim=1, keepdim=True)).exp()
     return ids.tolist(), probs.tolist()
 
 
@@ -55,6 +55,11 @@ def _with_noise(values: torch.Tensor, ids: torch.Tensor, rows: Sequence[Sampling
         [row.params for row in rows], [row.seed for row in rows], [row.position for row in rows], values.device
     )
     values = filters.warm(values, given)
+    if given.largest_k:
+        place = torch.arange(values.shape[1], device=values.device)
+        values = values.masked_fill((given.top_k > 0) & (place >= given.top_k), -torch.inf)
+    if given.any_min_p:
+        values = values.masked_fill(values < values[:, :1] + given.min_p.log(), -torch.inf)
     if given.any_top_p:  # of the candidates' own sum: close enough for a draft
         probs = values.softmax(dim=1)
         before = probs.cumsum(dim=1) - probs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from math import log2
-from statistics import median
 
 KEPT = 9  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
@@ -15,24 +14,30 @@ class CostTable:
     """Seconds of a forward over so many tokens: medians where it was measured, straight lines between."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[deque[float], deque[int]]] = {}
-        self._sizes: list[float] = []
+        self._seen: dict[int, tuple[deque[float], int]] = {}
+        self._sizes: list[int] = []
         self._seconds: list[float] = []
+        self._notes = 0
 
     def __bool__(self) -> bool:
         return bool(self._sizes)
 
     def note(self, tokens: int, seconds: float) -> None:
-        """Add a measurement."""
+        """Add a measurement. The first of a size is passed over: much is done there once."""
         bucket = tokens if tokens <= EXACT else EXACT + int(8 * (log2(tokens) - log2(EXACT))) + 1
-        times, sizes = self._seen.setdefault(bucket, (deque(maxlen=KEPT), deque(maxlen=KEPT)))
-        times.append(seconds)
-        sizes.append(tokens)
-        self._settle()
+        times, seen = self._seen.get(bucket) or (deque(maxlen=KEPT), 0)
+        self._seen[bucket] = times, tokens
+        if seen:
+            times.append(seconds)
+            self._notes += 1
+            if len(times) < KEPT or self._notes % KEPT == 0:
+                self._settle()
 
     def _settle(self) -> None:
         """Medians in order of size. More tokens never cost less: noise that says so is evened out upwards."""
-        points = sorted((sum(sizes) / len(sizes), median(times)) for times, sizes in self._seen.values())
+        points = sorted(
+            (tokens, sorted(times)[(len(times) - 1) // 2]) for times, tokens in self._seen.values() if times
+        )
         self._sizes, self._seconds, most = [], [], 0.0
         for size, seconds in points:
             most = max(most, seconds)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -145,30 +146,42 @@ class DraftModel:
         deepest = max((tree.deepest for tree in trees), default=0)
         if deepest == 0 or not guide.goes_on(1, [1.0] * len(trees), lag, deepest):
             return
-        logits = self._catch_up(trees, known, guide)
-        self._extend(trees, logits, guide, 1)
+        with self._timed(lag, guide):
+            self._extend(trees, self._catch_up(trees, known), guide, 1)
         for depth in range(2, deepest + 1):
             growing = [tree for tree in trees if tree.frontier and depth <= tree.deepest]
             growing = [tree for tree in growing if reserve(tree.planned, len(tree.tokens))]
             reaches = [tree.reach[node] for tree in growing for node in tree.frontier]
             if not guide.goes_on(depth, reaches, len(reaches), deepest):
                 return
-            self._extend(growing, self._compute(growing, guide), guide, depth)
+            with self._timed(len(reaches), guide):
+                self._extend(growing, self._compute(growing), guide, depth)
 
-    def _catch_up(self, trees: list[Tree], known: list[int], guide: Guide) -> torch.Tensor:
+    @contextmanager
+    def _timed(self, tokens: int, guide: Guide) -> Iterator[None]:
+        """Note what drafting took, over so many tokens of the draft model."""
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self.cost.note(tokens, seconds)
+        self.seconds += seconds
+        if guide.ledger is not None:
+            guide.ledger.spent += seconds
+
+    def _catch_up(self, trees: list[Tree], known: list[int]) -> torch.Tensor:
         """Logits behind the last token of each row; what the model has not seen of it yet is computed."""
         rows = []
         for tree, begin in zip(trees, known, strict=True):
             sequence = tree.planned.sequence
             end = sequence.computed + 1
             while end - begin > self.most:  # alone, in parts
-                self._run([self._row(tree, begin, begin + self.most, 0)], guide)
+                self._run([self._row(tree, begin, begin + self.most, 0)])
                 begin += self.most
             rows.append(self._row(tree, begin, end, 1))
         parts, waiting, total = [], [], 0
         for row in [*rows, None]:
             if waiting and (row is None or total + row.count > self.most):
-                parts.append(self._run(waiting, guide))
+                parts.append(self._run(waiting))
                 waiting, total = [], 0
             if row is not None:
                 waiting.append(row)
@@ -181,7 +194,7 @@ class DraftModel:
         tokens = tree.planned.sequence.tokens[begin:end]
         return PlanRow(tree, tree.planned.sequence, end - begin, logits, Span(tuple(tokens), begin, begin))
 
-    def _compute(self, trees: list[Tree], guide: Guide) -> torch.Tensor:
+    def _compute(self, trees: list[Tree]) -> torch.Tensor:
         """Logits behind the frontier of each tree."""
         rows = []
         for tree in trees:
@@ -193,19 +206,13 @@ class DraftModel:
                 span = Span(span.token_ids, span.first, computed, positions[own], visible[own])
             rows.append(PlanRow(tree, tree.planned.sequence, count, count, span))
             tree.fed = first + count
-        return self._run(rows, guide)
+        return self._run(rows)
 
-    def _run(self, rows: list[PlanRow], guide: Guide) -> torch.Tensor:
+    def _run(self, rows: list[PlanRow]) -> torch.Tensor:
         """One forward; logits in the order of `rows`."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].count > 1 or rows[i].branches)
         plan = build_plan([rows[i] for i in order], self.page_size, self.device, self.backend)
-        begun = time.perf_counter()
         logits = self.forward(plan)
-        seconds = time.perf_counter() - begun
-        self.cost.note(plan.tokens, seconds)
-        self.seconds += seconds
-        if guide.ledger is not None:
-            guide.ledger.spent += seconds
         if order == list(range(len(rows))) or not len(logits):
             return logits
         starts, at = {}, 0

@@ -16,6 +16,7 @@ from hf_paged.integrations.streaming import ColumnStream
 from hf_paged.params import SamplingParams
 from hf_paged.request import Row, RowHooks
 from hf_paged.seeds import draw_seed, mix_seed
+from hf_paged.speculation.speculator import Speculator
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class Call:
     config: Any
     streamer: Any
     sharing: dict[str, Any] = field(default_factory=dict)
+    speculator: Speculator | None = None
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     kv: dict[Row, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Call:
                 seed=mix_seed(base, first // each) if own_seed is None else mix_seed(own_seed, core.submitted),
                 request_id=self.names[-1],
                 hooks=hooks[first : first + each],
+                speculator=self.speculator,
             )
             self.rows += request.rows
 

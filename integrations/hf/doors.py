@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from hf_paged.config import EngineConfig
+from hf_paged.integrations.assistance import ASKING, asked
 from hf_paged.integrations.compat import runs_in_step_with_others
 from hf_paged.integrations.fallback import make_cache
 from hf_paged.integrations.generate import ENGINE_MODES, run_prepared
@@ -32,7 +34,8 @@ def enable(**settings: Any) -> None:
 
     Args:
         settings: fields of `EngineConfig`, for the engines of all models; `cache_config={...}` of a call goes before.
-            A call also takes `prefix_caching=False` and `cache_salt="..."` (see `SamplingParams`).
+            A call also takes `prefix_caching=False` and `cache_salt="..."` (see `SamplingParams`), and `speculation`: a
+            `SpeculationConfig`, a dict of its fields, or the name of a method.
 
     Raises:
         ValueError: an unknown or bad setting.
@@ -119,6 +122,7 @@ class PagedCall:
                 "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a "
                 "Cache object) is unsupported. Please use only one of the two."
             )
+        self.speculation = kwargs.pop("speculation", None)
         # Arguments of this door alone: `generate` does not know them.
         sharing = {name: kwargs.pop(name) for name in ("prefix_caching", "cache_salt") if name in kwargs}
         of_call = _setting("cache_config", kwargs, generation_config, model)
@@ -147,11 +151,15 @@ class PagedCall:
             return self._loop(inputs, effective, reason)
         kwargs = self._with_stop_strings(effective)
         config, salt, streamer = self.config, self.salt, kwargs.get("streamer")
+        draft_model = kwargs.pop("assistant_model", None)
+        drafting = asked(effective, draft_model, self.speculation), draft_model
+        for name in ASKING:
+            self._unset(name, kwargs)
 
         # With the parameters of a decoding method: any other name would be taken out of the caller's arguments.
         def engine(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             prepared = (self, input_ids, logits_processor, stopping_criteria, generation_config)
-            return run_prepared(*prepared, config, streamer, model_kwargs, salt)
+            return run_prepared(*prepared, config, streamer, model_kwargs, salt, drafting)
 
         kwargs["custom_generate"] = engine
         return self.original(self.model, inputs, self.generation_config, **kwargs)
@@ -159,7 +167,10 @@ class PagedCall:
     def _why_not(self, effective: Any) -> str | None:
         """Why transformers' own loop must run the whole call; None where the engine may."""
         mode = effective.get_generation_mode(self.kwargs.get("assistant_model"))
-        if mode not in ENGINE_MODES:
+        assisted = mode is GenerationMode.ASSISTED_GENERATION and not getattr(effective, "use_mtp", False)
+        if assisted and self.kwargs.get("assistant_tokenizer") is not None:
+            return "the assistant has another tokenizer"
+        if mode not in ENGINE_MODES and not assisted:
             return f"it is {mode.value}"
         if getattr(self.model.config, "is_encoder_decoder", False):
             return "the model is an encoder-decoder"

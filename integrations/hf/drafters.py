@@ -40,6 +40,8 @@ def speculation_settings(
         raise ValueError(
             f"speculation={given!r} is not allowed: a SpeculationConfig, a dict of its fields, or a method"
         )
+    if draft_model is not None and not isinstance(draft_model, nn.Module):
+        raise ValueError(f"draft_model={type(draft_model).__name__}: must be a causal language model of transformers")
     wrong = given.method == "draft" and draft_model is None
     require(not wrong, "method", "draft", "it needs a draft_model", "SpeculationConfig")
     return None if given.off else given
@@ -117,6 +119,7 @@ class EarlyExit:
 
     def __call__(self, plan) -> torch.Tensor:
         if self.lean is not None:
+            self.lean.ops = getattr(self.engine.forward.run, "ops", self.lean.ops)  # copies of weights, if it has any
             return self.lean(plan)
         model = self.engine.target()
         config = model.config.get_text_config(decoder=True)
@@ -135,10 +138,8 @@ def check_draft(draft: nn.Module, engine: Engine) -> None:
         ValueError: it is no causal model, or has another vocabulary, or is on another device.
     """
     target, name = engine.target(), type(draft).__name__
-    if not hasattr(draft, "get_input_embeddings") or not hasattr(draft, "config"):
+    if not hasattr(draft, "get_input_embeddings"):
         raise ValueError(f"draft_model={name}: must be a causal language model of transformers")
-    if draft is target:
-        raise ValueError("draft_model is the model itself: nothing would be gained")
     own, facts = draft.get_input_embeddings().weight, engine.facts
     if own.shape[0] != facts.vocab_size:
         raise ValueError(

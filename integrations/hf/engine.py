@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -318,8 +319,12 @@ class Engine:
             self.forget()
         else:
             self.forward.refresh()
-        for drafter in self._drafters.values():
-            drafter.forward.refresh()
+        for key, drafter in list(self._drafters.items()):
+            if isinstance(key, weakref.ref) and key() is None:  # the draft model is gone
+                del self._drafters[key]
+                self.core.drafting.drop(drafter)
+            else:
+                drafter.forward.refresh()
 
     def _draws(self, params: SamplingParams) -> bool:
         """Whether such a request needs a seed from torch's generator."""

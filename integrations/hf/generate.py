@@ -9,12 +9,14 @@ from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_paged.config import EngineConfig
+from hf_paged.integrations.assistance import ASKING, asked, speculator_for
 from hf_paged.integrations.attention import CannotDrive
 from hf_paged.integrations.call import Call
 from hf_paged.integrations.engine import Engine
 from hf_paged.integrations.fallback import transformers_loop
 from hf_paged.integrations.processors import LOOP_ONLY, Criteria, RowPrompt
 from hf_paged.integrations.registry import REGISTRY
+from hf_paged.speculation.config import SpeculationConfig
 
 ENGINE_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # What `generate` hands to a decoding method for every model, and the engine sees to itself.
@@ -30,6 +32,7 @@ def generate(
     draft_model: Any = None,
     engine_config: EngineConfig | dict[str, Any] | None = None,
     cache_salt: str | None = None,
+    speculation: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """A strategy for `model.generate(..., custom_generate=hf_paged.generate)`; nothing is patched.
@@ -38,9 +41,10 @@ def generate(
     use `enable()` and `cache_implementation="paged"`.
 
     Args:
-        draft_model: not available yet: only None is taken.
+        draft_model: a causal model with the same vocabulary, that drafts.
         engine_config: an `EngineConfig`, or a dict of its fields.
         cache_salt: as in `SamplingParams`.
+        speculation: a `SpeculationConfig`, a dict of its fields, or the name of a method.
 
     Returns:
         what `generate` returns: `[batch, length]` ids, or a dict-like output.
@@ -48,13 +52,12 @@ def generate(
     Raises:
         ValueError: a bad setting, or a strategy that this door does not open.
     """
-    if draft_model is not None:
-        raise ValueError(f"draft_model={type(draft_model).__name__}: speculation is not available yet, leave it out")
+    drafting = asked(generation_config, draft_model, speculation), draft_model
     config = (
         engine_config if isinstance(engine_config, EngineConfig) else EngineConfig.from_dict(dict(engine_config or {}))
     )
     prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
-    return run_prepared(*prepared, config, None, model_kwargs, cache_salt)
+    return run_prepared(*prepared, config, None, model_kwargs, cache_salt, drafting)
 
 
 def run_prepared(
@@ -67,8 +70,15 @@ def run_prepared(
     streamer: Any,
     model_kwargs: dict[str, Any],
     salt: str | None = None,
+    drafting: tuple[SpeculationConfig | None, nn.Module | None] = (None, None),
 ) -> Any:
-    """A prepared batch, on the engine where it can, else in transformers' loop."""
+    """A prepared batch, on the engine where it can, else in transformers' loop.
+
+    Args:
+        drafting: who drafts, and the draft model.
+    """
+    for name in ASKING:  # they are in `drafting` now: without them it is greedy search or sampling
+        setattr(generation_config, name, None)
     prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
     reason = _why_not(prompts, processors, criteria, generation_config, model_kwargs)
     if reason is None:
@@ -83,8 +93,8 @@ def run_prepared(
         )
     text_config = model.config.get_text_config(decoder=True)
     criteria, sharing = Criteria.of(criteria), {"prefix_caching": config.prefix_caching, "cache_salt": salt}
-    call = Call(engine, text_config, input_ids, prompts, processors, criteria, generation_config, streamer, sharing)
-    return call.run()
+    prepared = (input_ids, prompts, processors, criteria, generation_config, streamer)
+    return Call(engine, text_config, *prepared, sharing, speculator_for(engine, *drafting)).run()
 
 
 def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[RowPrompt] | None:

@@ -112,7 +112,9 @@ class PagedForward:
         self.refresh()
 
     def refresh(self) -> None:
-        lean = LeanForward.build(self.model(), self.store, self.backend)
+        lean, before = LeanForward.build(self.model(), self.store, self.backend), getattr(self, "run", None)
+        if lean is not None and isinstance(before, LeanForward):
+            lean.keep(before)
         self.run = lean if lean is not None else ModuleForward(self.model, self.store)
 
     def __call__(self, plan) -> torch.Tensor:

@@ -23,7 +23,7 @@ from hf_paged.store import KVStore
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
-# Weights of up to so many bytes are copied into oneDNN's order, once a call has computed so many tokens.
+# Weights of up to so many bytes are copied into oneDNN's order, once so many tokens were computed with them.
 PACK_BYTES = 64 * 2**20
 PACK_AFTER = 512
 
@@ -140,8 +140,19 @@ class LeanForward:
             hidden = self.ops.add(self.ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
         return self.ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted].float()
 
+    def keep(self, other: LeanForward) -> None:
+        """Take over the copies of weights that `other` made, if they are still good."""
+        same = all(
+            a.attention is b.attention and a.mlp is b.mlp for a, b in zip(self.layers, other.layers, strict=False)
+        )
+        if same and len(self.layers) == len(other.layers):
+            if not isinstance(other.ops, PackedLinear):
+                self.computed = other.computed
+            elif other.ops.unchanged():
+                self.ops, self.computed = other.ops, other.computed
+
     def _choose_weights(self, tokens: int) -> None:
-        """Copy small models' weights into oneDNN's order once a call is long enough to pay for it."""
+        """Copy small models' weights into oneDNN's order once they were used enough to pay for it."""
         self.computed += tokens
         if isinstance(self.ops, PackedLinear):
             if not self.ops.current():

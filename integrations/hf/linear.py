@@ -75,7 +75,7 @@ class PackedLinear(OneDnnLinear):
     """The same over copies of the weights in oneDNN's own order, which saves reordering them at every product.
 
     The copies are good for as long as the weights are: `current` sees parameters that were replaced or changed in
-    place, but not through `.data`; whoever holds this makes it anew for every call.
+    place, but not through `.data`; these change `unchanged`, which reads all of them: about 1 ms for 57 MB.
 
     Args:
         layers: to copy.
@@ -89,7 +89,7 @@ class PackedLinear(OneDnnLinear):
         joined = [(block, [getattr(block, name) for name in JOINED if hasattr(block, name)]) for block in blocks]
         seen = [*layers, *(part for _, parts in joined for part in parts)]
         self._slots = [(layer._parameters, name) for layer in seen for name in ("weight", "bias")]
-        self._made = self._state()
+        self._made, self._sums = self._state(), self._sum()
         self._packed = {layer: self._pack(layer.weight.detach()) for layer in layers}
         # One buffer for all: a heap does not fill the hole that the last one left.
         sizes = [sum(part.weight.numel() for part in parts) for _, parts in joined]
@@ -123,8 +123,22 @@ class PackedLinear(OneDnnLinear):
         """Whether the weights are still those that were copied."""
         return self._state() == self._made
 
+    def unchanged(self) -> bool:
+        """Whether not even a write through `.data` has changed them (an exchange of whole weights apart)."""
+        return self.current() and self._sum() == self._sums
+
+    def _sum(self) -> list[int]:
+        """A sum of the bits of every weight, modulo 2**64."""
+        sums = [_bits(p).sum() for slot, name in self._slots if (p := slot[name]) is not None]
+        return torch.stack(sums).tolist()
+
     def _state(self) -> list[tuple[int, int]]:
         return [(id(p), p._version) for slot, name in self._slots if (p := slot[name]) is not None]
+
+
+def _bits(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat.view(torch.int32 if flat.numel() % 2 else torch.int64)
 
 
 def linear_backend(weight: torch.Tensor) -> TorchLinear:
