@@ -139,8 +139,10 @@ class Drafting:
         if self._plain:
             self.cost.note(tokens, seconds)
 
-    def stepped(self, seconds: float) -> None:
-        """Note what the step took in all."""
+    def stepped(self, seconds: float, tokens: int) -> None:
+        """Note what the step took in all, and how many tokens it gave."""
+        for speculator in self.speculators.values():
+            speculator.trial.note(tokens, seconds if self._plain else 0.0)
         if self.speculators and self._plain:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)

@@ -174,7 +174,7 @@ class EngineCore:
         result.finished = self.roster.collect()
         seconds = time.perf_counter() - begun
         self.recorder.step_seconds += seconds
-        self.drafting.stepped(seconds)
+        self.drafting.stepped(seconds, len(result.tokens))
         if self.settings.check:
             self.check()
         return result

@@ -10,6 +10,10 @@ KEPT = 9  # measurements of one size; their median counts, so that a machine tha
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
 
 
+def _usual(times: deque[float]) -> float:
+    return min(times) if len(times) < 5 else sorted(times)[len(times) // 2]
+
+
 class CostTable:
     """Seconds of a forward over so many tokens: medians where it was measured, straight lines between."""
 
@@ -34,21 +38,20 @@ class CostTable:
                 self._settle()
 
     def _settle(self) -> None:
-        """Medians in order of size. More tokens never cost less: noise that says so is evened out upwards."""
-        points = sorted(
-            (tokens, sorted(times)[(len(times) - 1) // 2]) for times, tokens in self._seen.values() if times
-        )
-        self._sizes, self._seconds, most = [], [], 0.0
-        for size, seconds in points:
-            most = max(most, seconds)
-            self._sizes.append(size)
-            self._seconds.append(most)
+        """Seconds in order of size: medians, but the least of a few. A smaller size never costs more than a larger one:
+        noise that says so is evened out downwards, so that one bad measurement bars nothing for good."""
+        points = sorted((size, _usual(times)) for times, size in self._seen.values() if times)
+        self._sizes = [size for size, _ in points]
+        least, self._seconds = float("inf"), []
+        for _, seconds in reversed(points):
+            least = min(least, seconds)
+            self._seconds.append(least)
+        self._seconds.reverse()
 
     def seconds(self, tokens: float) -> float:
         """What a forward over `tokens` tokens should take.
 
-        Beyond what was measured it goes on as between the last two sizes; where only one is known, a token more costs a
-        twentieth of that: what is not known is tried.
+        Beyond what was measured a token more costs a twentieth of what one did up to there: what is not known is tried.
         """
         sizes, seconds = self._sizes, self._seconds
         if not sizes or tokens <= 0:
@@ -56,13 +59,12 @@ class CostTable:
         at = bisect_left(sizes, tokens)
         if at < len(sizes) and sizes[at] == tokens:
             return seconds[at]
-        if len(sizes) == 1:
-            return seconds[0] * (1 + max(tokens - sizes[0], 0) / sizes[0] / 20)
+        if at == len(sizes):
+            return seconds[-1] * (1 + (tokens - sizes[-1]) / sizes[-1] / 20)
         if at == 0:
             return seconds[0]
-        low = min(at, len(sizes) - 1) - 1
-        slope = (seconds[low + 1] - seconds[low]) / (sizes[low + 1] - sizes[low])
-        return seconds[low] + slope * (tokens - sizes[low])
+        slope = (seconds[at] - seconds[at - 1]) / (sizes[at] - sizes[at - 1])
+        return seconds[at - 1] + slope * (tokens - sizes[at - 1])
 
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""

@@ -141,11 +141,11 @@ class DraftModel:
         return Proposal(*map(tuple, parts), self.name)
 
     def _grow(self, trees: list[Tree], guide: Guide, reserve: Callable[[PlanRow, int], bool]) -> None:
+        deepest = max((tree.deepest for tree in trees), default=0)
+        if deepest == 0:
+            return
         known = [self.known(tree.planned) for tree in trees]
         lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
-        deepest = max((tree.deepest for tree in trees), default=0)
-        if deepest == 0 or not guide.goes_on(1, [1.0] * len(trees), lag, deepest):
-            return
         with self._timed(lag, guide):
             self._extend(trees, self._catch_up(trees, known), guide, 1)
         for depth in range(2, deepest + 1):

@@ -14,22 +14,33 @@ from hf_paged.speculation.acceptance import Acceptance, RowRecord
 from hf_paged.speculation.cost import CostTable
 
 MARGIN = 1.01  # a step with drafts must promise so much more than one without
+NODE = 15e-6  # seconds of a draft outside all forwards
 AHEAD = 4  # depths that are looked ahead: the first may pay only with those behind it
 
 
 @dataclass(eq=False)
 class Overhead:
-    """Seconds of a step outside all forwards: of any step, and for each draft token; both follow slowly."""
+    """Seconds of a step outside all forwards: of any step, and of one with drafts besides; both follow slowly."""
 
     step: float = 0.0
-    node: float = 0.0
+    drafts: float = 0.0
 
     def note(self, seconds: float, nodes: int) -> None:
-        """Add a step's."""
+        """Add a step's, in which `nodes` drafts were verified."""
         if nodes:
-            self.node += (max(seconds - self.step, 0.0) / nodes - self.node) / 16
+            self.drafts = _follow(self.drafts, max(seconds - self.step - NODE * nodes, 0.0))
         else:
-            self.step += (seconds - self.step) / (16 if self.step else 1)
+            self.step = _follow(self.step, seconds)
+
+    def seconds(self, nodes: float) -> float:
+        """Of a step with so many drafts."""
+        return self.step + (self.drafts + NODE * nodes if nodes else 0.0)
+
+
+def _follow(known: float, seen: float) -> float:
+    """A step may stumble, as the first one does: what is seen counts as four times what is known at most, and less of it
+    is learned than of a quicker step."""
+    return known + (min(seen, 4 * known) - known) / (16 if seen > known else 4) if known else seen
 
 
 @dataclass(eq=False)
@@ -51,17 +62,17 @@ class Ledger:
     def rate(self, reach: float = 0.0, nodes: int = 0, seconds: float = 0.0) -> float:
         """Tokens a second with so many drafts more."""
         nodes += self.nodes
-        whole = self.cost.seconds(self.tokens + nodes) + self.overhead.step + self.overhead.node * nodes
+        whole = self.cost.seconds(self.tokens + nodes) + self.overhead.seconds(nodes)
         return (self.drawn + self.reach + reach) / (whole + self.spent + seconds + 1e-9)
 
     def plain(self) -> float:
         """Tokens a second without drafts."""
-        return self.drawn / (self.cost.seconds(self.tokens) + self.overhead.step + 1e-9)
+        return self.drawn / (self.cost.seconds(self.tokens) + self.overhead.seconds(0) + 1e-9)
 
     def worth(self) -> float:
         """Least reach of a single draft that raises the rate."""
         step = self.cost.seconds(self.tokens + self.nodes + 4) - self.cost.seconds(self.tokens + self.nodes)
-        return (step / 4 + self.overhead.node) * self.rate()
+        return (step / 4 + NODE) * self.rate()
 
     def choose(self, reaches: Sequence[float]) -> int:
         """How many of `reaches`, the largest first, to verify."""
@@ -102,7 +113,7 @@ class Guide:
         return self.ledger.worth() if self.ledger is not None else 0.0
 
     def goes_on(self, depth: int, reaches: Sequence[float], nodes: int, deepest: int) -> bool:
-        """Whether drafts at `depth` are to be made behind drafts of these reaches (1.0 for a row's own last token).
+        """Whether drafts at `depth`, 2 or more, are to be made behind drafts of these reaches. (See `Trial` for 1.)
 
         Args:
             nodes: tokens that the draft model must compute for it.
@@ -111,7 +122,7 @@ class Guide:
             return False
         if self.ledger is None:
             return True
-        now = self.ledger.rate() if depth > 1 else self.ledger.plain() * MARGIN
+        now = self.ledger.rate()
         gain, seconds, added, reach = 0.0, 0.0, 0, sum(reaches)
         for further in range(depth, min(depth + AHEAD, deepest + 1)):
             seconds += self.draft_cost.seconds(nodes if further == depth else len(reaches))

@@ -15,17 +15,25 @@ from hf_paged.speculation.guide import Guide, Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, lookup
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
 from hf_paged.speculation.suffix import SuffixIndex, Text
+from hf_paged.speculation.trial import Trial
 
-PROBE = 48  # steps after which one row's drafts are tried although they do not seem to pay
+LONGEST_WAIT = 15  # steps that a row whose texts are of no use waits until they are looked at again
 
 
 @dataclass(eq=False)
 class RowDrafting:
-    """What a speculator keeps of one row."""
+    """What a speculator keeps of one row.
+
+    Attributes:
+        records: by proposer.
+        wait: steps until texts are looked at again. waited: how many these were the last time.
+    """
 
     records: dict[str, RowRecord] = field(default_factory=dict)
     ngrams: NgramIndex | None = None
     text: Text | None = None
+    wait: int = 0
+    waited: int = 0
 
     def record(self, source: str) -> RowRecord:
         return self.records.setdefault(source, RowRecord())
@@ -70,7 +78,7 @@ class Speculator:
         self.config, self.cost, self.overhead, self.suffixes, self.drafter = config, cost, overhead, suffixes, drafter
         self.acceptance = Acceptance()
         self.tallies: dict[str, Tally] = {}
-        self._idle = 0
+        self.trial = Trial()
 
     def propose(
         self,
@@ -92,13 +100,15 @@ class Speculator:
         if not depths or budget <= 0:
             return {}
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
-        offers = self._known_texts(depths)
+        offers, asked = self._known_texts(depths)
         drafting = [planned for planned in depths if planned not in offers]
-        if self.drafter is not None and not self.drafter.failed:
+        if self.drafter is not None and not self.drafter.failed and (ledger is None or self.trial.drafts(len(rows))):
             if ledger is not None and self.config.method == "auto":
                 drafting = self._better_drafted(depths, offers, ledger)
             offers |= self._drafted({planned: depths[planned] for planned in drafting}, ledger, reserve)
-        chosen = self._choose(offers, ledger, budget)
+        chosen = self._choose(offers, ledger, budget) if offers else {}
+        if ledger is not None:
+            self._wait(asked, chosen)
         return {planned: proposal for planned, proposal in chosen.items() if reserve(planned, len(proposal))}
 
     def _deepest(self, row: Row, budget: int) -> int:
@@ -112,14 +122,28 @@ class Speculator:
 
     # -- proposers that cost next to nothing
 
-    def _known_texts(self, depths: dict[PlanRow, int]) -> dict[PlanRow, Proposal]:
-        """What lookup and the suffix index offer: of both the one that promises more."""
-        offers = {}
+    def _known_texts(self, depths: dict[PlanRow, int]) -> tuple[dict[PlanRow, Proposal], list[PlanRow]]:
+        """What lookup and the suffix index offer, of both the one that promises more; and who was asked for."""
+        offers, asked = {}, []
+        if self.config.method in ("draft", "layer_skip"):
+            return offers, asked
         for planned, depth in depths.items():
+            state = self._state(planned.row)
+            if state.wait:
+                state.wait -= 1
+                continue
+            asked.append(planned)
             found = [self._with_odds(planned, p) for p in self._texts_of(planned.row, depth) if p is not None]
             if found:
                 offers[planned] = max(found, key=lambda proposal: sum(proposal.reach()))
-        return offers
+        return offers, asked
+
+    def _wait(self, asked: list[PlanRow], chosen: dict[PlanRow, Proposal]) -> None:
+        """Rows for which texts offer nothing that pays are asked for less and less often."""
+        for planned in asked:
+            state = self._state(planned.row)
+            state.waited = 0 if planned in chosen else min(2 * state.waited + 1, LONGEST_WAIT)
+            state.wait = state.waited
 
     def _texts_of(self, row: Row, depth: int) -> list[Proposal | None]:
         state, found, method = self._state(row), [], self.config.method
@@ -161,17 +185,11 @@ class Speculator:
         if not depths:
             return {}
         drafter, rows = self.drafter, list(depths)
-        probing = ledger is not None and self._idle >= PROBE
-        if probing:
-            rows, ledger = rows[:1], None
         records = {planned: self._state(planned.row).record(drafter.name) for planned in rows}
         threshold = self.config.confidence_threshold
         guide = Guide(drafter.name, self.acceptance, ledger, drafter.cost, self.config.tree_width, threshold, records)
-        deepest = [min(depths[planned], 2) if probing else depths[planned] for planned in rows]
-        made = drafter.propose(rows, deepest, guide, reserve)
-        found = {planned: proposal for planned, proposal in zip(rows, made, strict=True) if proposal is not None}
-        self._idle = 0 if found else self._idle + 1
-        return found
+        made = drafter.propose(rows, list(depths.values()), guide, reserve)
+        return {planned: proposal for planned, proposal in zip(rows, made, strict=True) if proposal is not None}
 
     # -- what is verified
 

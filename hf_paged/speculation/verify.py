@@ -47,8 +47,9 @@ class Drawing:
 def draw(drawings: Sequence[Drawing], logits: torch.Tensor, take: Take) -> None:
     """Draw every row's next tokens: one, and one more for each draft that turns out to be the target's own token.
 
-    Processors of a caller may keep a state, so they are asked about tokens that are certain only, one after another, as
-    without drafts; for all other rows the tokens behind all drafts are drawn at once.
+    Tokens are drawn one behind another, as far as drafts are taken, so that no processor is asked about a token that is
+    not certain (it may keep a state), and none is drawn in vain. Greedy rows without processors take the largest logit
+    behind all their drafts at once: this costs less than to ask again.
 
     Args:
         logits: `[n, vocab]`, see `Drawing.line`.
@@ -57,7 +58,7 @@ def draw(drawings: Sequence[Drawing], logits: torch.Tensor, take: Take) -> None:
     lines = [drawing.line for drawing in drawings]
     rows: list[SamplingRow] = [drawing.row.sampling for drawing in drawings]
     for drawing in drawings:
-        if drawing.proposal is not None and _stateless(drawing.row.sampling):
+        if drawing.proposal is not None and _cheap(drawing.row.sampling):
             drawing.places = list(range(len(lines), len(lines) + len(drawing.proposal)))
             lines += range(drawing.line + 1, drawing.line + 1 + len(drawing.proposal))
             rows += _ahead(drawing.row.sampling, drawing.proposal)
@@ -91,9 +92,9 @@ def _lines(logits: torch.Tensor, lines: list[int]) -> torch.Tensor:
     return logits[torch.tensor(lines, dtype=torch.long, device=logits.device)]
 
 
-def _stateless(row: SamplingRow) -> bool:
-    """Whether what would be drawn may be asked for tokens that are not certain."""
-    return row.pipeline is None or all(batched for _, batched in row.pipeline.steps)
+def _cheap(row: SamplingRow) -> bool:
+    """Whether what would be drawn may be asked for tokens that are not certain, and costs little."""
+    return row.params.greedy and row.pipeline is None
 
 
 def _ahead(row: SamplingRow, proposal: Proposal) -> list[SamplingRow]:
