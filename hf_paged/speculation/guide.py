@@ -38,8 +38,8 @@ class Overhead:
 
 
 def _follow(known: float, seen: float) -> float:
-    """A step may stumble, as the first one does: what is seen counts as four times what is known at most, and less of it
-    is learned than of a quicker step."""
+    """A step may stumble, as the first one does: it counts as four times what is known at most, and less than a quicker
+    one."""
     return known + (min(seen, 4 * known) - known) / (16 if seen > known else 4) if known else seen
 
 

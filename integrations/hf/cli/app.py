@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, bench_prefix, demo, generate, info
+from hf_paged.integrations.cli import bench, bench_prefix, bench_speculation, demo, generate, info
 
 app = typer.Typer(
     name="hf-paged",
@@ -18,6 +18,7 @@ app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
 bench.app.command(name="prefix")(bench_prefix.prefix)
+bench.app.command(name="speculation")(bench_speculation.speculation)
 app.add_typer(bench.app, name="bench")
 
 

@@ -99,3 +99,26 @@ def show_memory(report: dict[str, Any]) -> None:
         ["1.3 × live KV + 100 MB", f"{megabytes['limit_bytes']}: {'kept' if report['within_limit'] else 'exceeded'}"],
     ]
     table(f"Memory, {report['requests']} requests, {report['dtype']}", ["what", ""], rows)
+
+
+def show_speculation(report: dict[str, Any]) -> None:
+    """Speed by method and batch size, and what became of drafts."""
+    rows = []
+    for row in report["rows"]:
+        drafted = row.get("proposed")
+        rows.append(
+            [
+                row["engine"],
+                f"{row['batch']}",
+                f"{row['tokens_per_second']:.0f}",
+                "–" if row["speedup"] is None else f"{row['speedup']:.2f}×",
+                f"{row['tokens_per_forward']:.2f}" if drafted else "–",
+                percent(row["accepted"] / drafted) if drafted else "–",
+                percent(row.get("in_forwards")),
+                "yes" if row["tokens_equal"] else "NO",
+            ]
+        )
+    kind = f"temperature {report['temperature']}" if report["temperature"] else "greedy"
+    title = f"{report['requests']} requests, {report['output_tokens']} tokens, {kind}, median of {report['repeats']}"
+    columns = ["engine", "batch", "tokens/s", "speed", "tokens a forward", "accepted", "in forwards", "tokens equal"]
+    table(title, columns, rows)
