@@ -24,7 +24,7 @@ class SpeculationConfig:
         max_matching_ngram_size: longest n-gram that lookup matches, 1 to 16.
         confidence_threshold: a draft model stops before a token to which it gives less than this, 0 to 1.
         early_exit: layers of the target that draft with `layer_skip`.
-        suffix_tokens: tokens that the suffix index remembers, at about 30 bytes each.
+        suffix_tokens: tokens that the suffix index remembers, at about 50 bytes each.
     """
 
     method: str = "auto"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hf_paged.speculation.lookup import LONGEST_MATCH, agreement, continuation, match_kind
 from hf_paged.speculation.proposal import MOST_NODES, Proposal
 
-CONTEXT = 2  # tokens that are hashed
+CONTEXT, LONG = 2, 6  # tokens that are hashed: places that have the longer in common are looked at first
 CANDIDATES = 12  # places of a chain that are looked at
 LEAST_SHARE = 0.12  # of what was counted, to be proposed beside something likelier
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.95)
@@ -27,13 +27,21 @@ class Text:
     Attributes:
         salt: who may see it: texts of the same salt.
         read: tokens, from the first, that are indexed.
-        last: number of its last entry.
+        following: the text that it repeated at the last look, and how far the place there lies before its own.
     """
 
     tokens: list[int]
     salt: Hashable
     read: int = CONTEXT
-    last: int = -1
+    following: tuple[Text, int] | None = None
+
+
+class Chain:
+    """Places by a hash of the tokens before them: number of the latest entry, and by entry that of the one before it."""
+
+    def __init__(self, size: int) -> None:
+        self.heads = array("q", [-1]) * size
+        self.before = array("q", [-1]) * size
 
 
 class SuffixIndex:
@@ -46,8 +54,7 @@ class SuffixIndex:
     def __init__(self, capacity: int) -> None:
         self.size = 1 << (capacity - 1).bit_length()
         self._mask = self.size - 1
-        self._heads = array("q", [-1]) * self.size  # by hash: number of the latest entry
-        self._before = array("q", [-1]) * self.size  # by entry: the one before it in its chain
+        self._chains = {length: Chain(self.size) for length in (LONG, CONTEXT)}
         self._places = array("i", [0]) * self.size  # by entry: index in its text of the token that follows
         self._texts: list[Text | None] = [None] * self.size
         self._count = 0
@@ -61,35 +68,58 @@ class SuffixIndex:
 
     def update(self, text: Text) -> None:
         """Take in what `text` has more than at the last call, but for its last token: what follows it is not known."""
-        tokens, mask, heads = text.tokens, self._mask, self._heads
-        before, places, texts, count = self._before, self._places, self._texts, self._count
+        tokens, mask = text.tokens, self._mask
+        places, texts, count = self._places, self._texts, self._count
+        short, long = self._chains[CONTEXT], self._chains[LONG]
         for at in range(text.read, len(tokens)):
-            slot = (tokens[at - 1] * 0x9E3779B1 + tokens[at - 2] * 0x85EBCA77) >> 7 & mask
-            here = count & mask
-            before[here], places[here], texts[here] = heads[slot], at, text
-            heads[slot] = count
+            here, one, two = count & mask, tokens[at - 1], tokens[at - 2]
+            pair = one * 0x9E3779B1 + two * 0x85EBCA77
+            slot = pair >> 7 & mask
+            short.before[here], short.heads[slot] = short.heads[slot], count
+            if at >= LONG:
+                slot = hash((pair, tokens[at - 3], tokens[at - 4], tokens[at - 5], tokens[at - 6])) & mask
+                long.before[here], long.heads[slot] = long.heads[slot], count
+            else:
+                long.before[here] = -1
+            places[here], texts[here] = at, text
             count += 1
         text.read, self._count = max(text.read, len(tokens)), count
 
     def matches(self, text: Text) -> list[tuple[int, Text, int]]:
         """Places with the same tokens before them as the end of `text`: length of the match, text and place."""
-        tokens, end = text.tokens, len(text.tokens)
-        if end < CONTEXT:
-            return []
-        slot = (tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77) >> 7 & self._mask
-        entry, oldest, found = self._heads[slot], self._count - self.size, []
+        tokens, end, found = text.tokens, len(text.tokens), []
+        if text.following is not None:
+            other, behind = text.following
+            self._measure(text, other, end + behind, found)
+        if end >= LONG:
+            pair = tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77
+            slot = hash((pair, tokens[-3], tokens[-4], tokens[-5], tokens[-6])) & self._mask
+            self._walk(self._chains[LONG], slot, text, found)
+        if not found and end >= CONTEXT:
+            slot = (tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77) >> 7 & self._mask
+            self._walk(self._chains[CONTEXT], slot, text, found)
+        if found:
+            _, other, at = max(found, key=lambda entry: entry[0])
+            text.following = other, at - end
+        return found
+
+    def _walk(self, chain: Chain, slot: int, text: Text, found: list[tuple[int, Text, int]]) -> None:
+        """Add the latest matches of a chain to `found`."""
+        entry, oldest = chain.heads[slot], self._count - self.size
         for _ in range(CANDIDATES):
             if entry < 0 or entry < oldest:
-                break
+                return
             here = entry & self._mask
-            other, at = self._texts[here], self._places[here]
-            entry = self._before[here]
-            if other.salt != text.salt or at >= len(other.tokens):  # the row was shortened since
-                continue
-            length = agreement(other.tokens, at, tokens, end, LONGEST_MATCH)
-            if length >= CONTEXT:
-                found.append((length, other, at))
-        return found
+            entry = chain.before[here]
+            self._measure(text, self._texts[here], self._places[here], found)
+
+    @staticmethod
+    def _measure(text: Text, other: Text, at: int, found: list[tuple[int, Text, int]]) -> None:
+        if other.salt != text.salt or not 0 < at < len(other.tokens):  # the row may have been shortened since
+            return
+        length = agreement(other.tokens, at, text.tokens, len(text.tokens), LONGEST_MATCH)
+        if length >= CONTEXT:
+            found.append((length, other, at))
 
     def propose(self, text: Text, depth: int, width: int) -> Proposal | None:
         """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide."""

@@ -14,9 +14,7 @@ from hf_paged.integrations.cli.console import Bar, check_writable, command, sett
 @command
 def speculation(
     model: opt.Model = None,
-    draft: Annotated[
-        str | None, typer.Option(help="Draft model: folder or hub name. Default: the bundled one.")
-    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model: folder or hub name (default: bundled).")] = None,
     dataset: opt.Dataset = None,
     field: opt.Field = "question",
     template: opt.Template = None,
