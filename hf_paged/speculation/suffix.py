@@ -37,7 +37,7 @@ class Text:
 
 
 class Chain:
-    """Places by a hash of the tokens before them: number of the latest entry, and by entry that of the one before it."""
+    """Places by a hash of the tokens before them: the latest entry, and for each entry the one before it."""
 
     def __init__(self, size: int) -> None:
         self.heads = array("q", [-1]) * size

@@ -1,0 +1,124 @@
+"""Proposals, indices of texts, costs and trials, each by itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_helpers import save_tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from hf_paged.integrations.cli.app import app
+from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.lookup import NgramIndex, continuation, lookup
+from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
+from hf_paged.speculation.suffix import SuffixIndex
+from hf_paged.speculation.trial import TRIED, Trial
+
+TREE = Proposal((5, 6, 7, 8, 9), (-1, -1, 0, 1, 1), (0,) * 5, (0.5, 0.4, 0.9, 0.5, 0.25), "test")
+
+
+def test_a_tree():
+    assert TREE.depths() == [1, 1, 2, 2, 2] and not TREE.is_chain
+    assert TREE.reach() == pytest.approx([0.5, 0.4, 0.45, 0.2, 0.1])
+    assert [TREE.child(-1, 6), TREE.child(1, 9), TREE.child(0, 9)] == [1, 4, None]
+    picked = TREE.pick([1, 4, 0]).pick([0, 1])
+    assert (picked.tokens, picked.parents, picked.origin, picked.is_chain) == ((6, 9), (-1, 0), (1, 4), True)
+    span = TREE.span(3, 10)
+    assert span.token_ids == (3, 5, 6, 7, 8, 9) and span.positions == (10, 11, 11, 12, 12, 12)
+    assert [bin(bits) for bits in span.visible] == ["0b1", "0b11", "0b101", "0b1011", "0b10101", "0b100101"]
+    assert tree_places((), 4) == ((4,), (1,))
+
+
+def test_what_was_judged():
+    assert Verdict(TREE, (1,)).judged() == [(0, False), (1, True), (3, False), (4, False)]
+    assert Verdict(TREE, (1,), ended=True).judged() == [(0, False), (1, True)]
+    assert Verdict(TREE, ()).judged() == [(0, False), (1, False)]
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 6))
+def test_lookup_finds_the_longest_ngram(tokens, size, count):
+    index = NgramIndex(size)
+    for end in range(1, len(tokens) + 1):  # as the row grows
+        found = lookup(index, tokens[:end], count)
+    end = len(tokens)
+    sizes = [(n, at) for n in range(1, size + 1) for at in range(n, end)]
+    longest = [n for n, at in sizes if tokens[at - n : at] == tokens[end - n :]]
+    assert (found is None) == (not longest)
+    if found is not None:
+        n = max(longest)
+        starts = [at for at in range(n, len(tokens)) if tokens[at - n : at] == tokens[-n:]]
+        assert list(found.tokens) == continuation(tokens, starts[-1], count) and len(found) == count
+
+
+def test_a_continuation_goes_on_with_itself():
+    assert continuation([1, 2, 3], 1, 5) == [2, 3, 2, 3, 2] and continuation([1, 2, 3], 0, 2) == [1, 2]
+
+
+def test_suffixes_of_other_texts():
+    index = SuffixIndex(64)
+    for text in ([1, 2, 3, 4, 5, 6], [9, 2, 3, 4, 7, 8]):
+        index.update(index.open(text, None))
+    tree = index.propose(index.open([1, 2, 3, 4], None), 3, 4)
+    assert set(tree.tokens[:2]) == {5, 7} and tree.tokens[0] == 5 and not tree.is_chain
+    assert index.propose(index.open([1, 2, 3, 4], None), 3, 1).tokens[:2] == (5, 6)
+    assert index.propose(index.open([1, 2, 3, 4], "tenant"), 3, 4) is None  # nothing crosses salts
+    assert index.propose(index.open([4], None), 3, 4) is None
+
+
+def test_the_suffix_index_is_bounded():
+    index = SuffixIndex(100)
+    first = index.open(list(range(1000, 1050)), None)
+    index.update(first)
+    index.update(index.open(list(range(2000, 3000)), None))
+    assert len(index) == index.size == 128
+    assert index.propose(index.open([1000, 1001, 1002], None), 2, 1) is None
+    assert index.propose(index.open([2990, 2991], None), 2, 1).tokens == (2992, 2993)
+
+
+def test_a_text_that_shrinks():
+    """A row is shortened after an interrupt."""
+    index, tokens = SuffixIndex(64), [1, 2, 3, 1, 2, 3, 1, 2]
+    text = index.open(tokens, None)
+    assert index.propose(text, 4, 1).tokens == (3, 1, 2, 3)
+    del tokens[4:]
+    index.propose(text, 4, 1)
+    ngrams = NgramIndex(3)
+    lookup(ngrams, [1, 2, 1, 2, 1], 3)
+    assert lookup(ngrams, [1, 2, 1], 3).tokens == (2, 1, 2)
+
+
+def test_costs_between_measurements():
+    table = CostTable()
+    assert not table and table.seconds(5) == 0
+    for _ in range(3):
+        for tokens, seconds in ((1, 1.0), (5, 3.0), (3, 9.0)):
+            table.note(tokens, seconds)
+    assert table.seconds(1) == 1 and table.seconds(5) == 3
+    assert table.seconds(3) == 3  # a smaller size never costs more than a larger one
+    assert table.seconds(2) == pytest.approx(2)
+    assert table.seconds(10) == pytest.approx(3 * 1.05)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_trials_find_out_what_is_faster(faster):
+    trial, drafted = Trial(), []
+    for _ in range(2000):
+        drafted.append(trial.drafts(8))
+        trial.note(10, 1.0 if drafted[-1] == faster else 2.0)
+    assert {True, False} == set(drafted[: 3 * TRIED])
+    assert drafted.count(faster) > 1900
+
+
+def test_bench_speculation(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    command = ["bench", "speculation", "--model", model, "--draft", model, "--requests", "2", "--new-tokens", "6"]
+    command += ["--batches", "1,2", "--repeats", "1", "--methods", "draft,lookup,suffix,auto", "--json"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["rows"]) == 2 * 5 + 3 and all(row["tokens_equal"] for row in report["rows"])
+    wrong = CliRunner().invoke(app, [*command, "-", "--methods", "magic"])
+    assert wrong.exit_code != 0 and "magic" in wrong.output
