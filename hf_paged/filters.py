@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_paged.kernels.native_sampling import SamplingOps, sampling_ops
 from hf_paged.noise import gumbel, gumbel_dense, seed_bits
 from hf_paged.params import SamplingParams
 
@@ -40,6 +41,10 @@ class DrawTensors:
     any_min_p: bool
     any_temperature: bool
 
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        """The tensors alone, as compiled ops take them."""
+        return self.temperature, self.limit, self.min_p, self.top_k, self.seeds, self.positions
+
     def pick(self, rows: torch.Tensor) -> "DrawTensors":
         """The same for some rows (int64 [n])."""
         names = ("temperature", "limit", "min_p", "top_k", "seeds", "positions")
@@ -69,6 +74,11 @@ def draw_tensors(
         any_min_p=any(floats[2]),
         any_temperature=any(value != 1.0 for value in floats[0]),
     )
+
+
+def compiled(scores: torch.Tensor) -> SamplingOps | None:
+    """Compiled ops that draw from `scores` as `draw` does; None where there are none."""
+    return sampling_ops() if scores.device.type == "cpu" and scores.dtype == torch.float32 else None
 
 
 def warm(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:

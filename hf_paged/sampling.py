@@ -183,8 +183,14 @@ def _draw(
         [row.position for row in chosen],
         part.device,
     )
-    part = filters.warm(part, given)
-    tops = part.amax(dim=1).tolist()
+    ops = filters.compiled(part)
+    drawn = None
+    if ops is not None:
+        drawn, tops = ops.draw(part, *given.arrays())
+    if drawn is None or any(map(_wants_scores, chosen)):
+        part = filters.warm(part, given)
+    if drawn is None:
+        tops = part.amax(dim=1).tolist()
     good = [place for place, top in enumerate(tops) if math.isfinite(top)]
     if len(good) < len(members):
         for place, top in enumerate(tops):
@@ -192,12 +198,14 @@ def _draw(
                 errors[members[place]] = _no_token(top, "the processed scores")
         members, part = [members[place] for place in good], part[good]
         given = given.pick(torch.tensor(good, dtype=torch.int64, device=part.device))
+        drawn = drawn and [drawn[place] for place in good]
     if not members:
         return members, part
     if shown:
         part = filters.filtered(part, given)
-    drawn = filters.draw(part, given) if narrowed and not shown else filters.draw_dense(part, given)
-    for i, token in zip(members, drawn.tolist(), strict=True):
+    if drawn is None:
+        drawn = (filters.draw(part, given) if narrowed and not shown else filters.draw_dense(part, given)).tolist()
+    for i, token in zip(members, drawn, strict=True):
         tokens[i] = token
     return members, part
 

@@ -26,6 +26,7 @@ from hf_paged.kernels.groups import Groups
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 # Sums may be reordered, but infinities stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
+EXACT = {"sampling": ("-fno-fast-math", "-ffp-contract=off")}  # here what is compared is rounded as torch rounds it
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -59,6 +60,7 @@ class NativeOps:
     """The compiled ops; all tensors are float32 and on the CPU, contiguous where nothing else is said."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
         self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _P, _F, _P, _P, _P]
         self._grouped = library.grouped_attention
@@ -214,7 +216,7 @@ def _compiled(compiler: str) -> Path:
     with open("/proc/cpuinfo") as lines:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
     key = hashlib.sha256(
-        "\0".join([*(path.read_text() for path in SOURCES), *FLAGS, version, processor]).encode()
+        "\0".join([*(path.read_text() for path in SOURCES), *FLAGS, repr(EXACT), version, processor]).encode()
     ).hexdigest()[:20]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_paged"
     try:
@@ -225,7 +227,7 @@ def _compiled(compiler: str) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             units = {path: f"{folder}/{path.stem}.o" for path in SOURCES if path.suffix == ".c"}
-            steps = [[*FLAGS, "-c", str(path), "-o", unit] for path, unit in units.items()]
+            steps = [[*FLAGS, *EXACT.get(path.stem, ()), "-c", str(path), "-o", unit] for path, unit in units.items()]
             # Linked without OpenMP: torch's runtime serves.
             steps.append(["-shared", *units.values(), "-lm", "-o", f"{folder}/native.so"])
             for arguments in steps:

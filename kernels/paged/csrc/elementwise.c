@@ -41,8 +41,9 @@ void rotate_and_store(float *query, float *key, const float *value, const float 
 }
 
 INLINE lanes silu(lanes x) {
-    const lanes e = exp_of_negative(choose(x < 0, x, -x)); /* e^-|x| */
-    return x * choose(x < 0, e, (lanes){0} + 1.0f) / (1.0f + e);
+    const ints negative = above((lanes){0}, x);
+    const lanes e = exp_of_negative(choose(negative, x, -x)); /* e^-|x| */
+    return x * choose(negative, e, (lanes){0} + 1.0f) / (1.0f + e);
 }
 
 /* out[t, i] = silu(x[t, i]) * x[t, width + i] for x [lines, 2 * width]. */

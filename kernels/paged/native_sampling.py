@@ -1,0 +1,76 @@
+"""Compiled draws on a CPU: what `csrc/sampling.c` does, for tensors. Optional, as all of `native.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from hf_paged.kernels.native import native_ops
+
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+
+
+class SamplingOps:
+    """Draws from scores float32 `[rows, vocab]` on the CPU, each row by itself.
+
+    The parameters of both ops, tensors with an entry a row: `temperature`, `limit` (1 - top_p, or -1) and `min_p`
+    float32, `top_k` (0: off), `seeds` and `positions` int64.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._draw, self._likely, self._noise = library.draw_tokens, library.likely_tokens, library.keyed_noise
+        self._draw.argtypes = [_P, _P, _P, _I, _I, _I] + [_P] * 6
+        self._likely.argtypes = [_P, _P, _I, _P, _I, _I, _I] + [_P] * 6
+        self._noise.argtypes, self._noise.restype = [_P, _P, _I, _I, _I], None
+
+    def draw(self, scores: torch.Tensor, *parameters: torch.Tensor) -> tuple[list[int], list[float]]:
+        """A token for each row, and the largest of its scores over the temperature: where that is not finite, -1."""
+        scores, (rows, vocab) = _lines(scores), scores.shape
+        tokens, tops = np.empty(rows, np.int64), np.empty(rows, np.float32)
+        failed = self._draw(tokens.ctypes.data, tops.ctypes.data, *_matrix(scores), *map(_address, parameters))
+        if failed:
+            raise MemoryError(f"no memory to draw from {vocab} tokens")
+        return tokens.tolist(), tops.tolist()
+
+    def likely(
+        self, scores: torch.Tensor, width: int, *parameters: torch.Tensor
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The `width` tokens of each row that are likeliest to be drawn, and estimates of their odds, best first.
+
+        A row of temperature 0 is greedy. An id of -1: there is none. NaN where scores are.
+        """
+        scores, (rows, vocab) = _lines(scores), scores.shape
+        ids, probs = np.empty((rows, width), np.int64), np.empty((rows, width), np.float32)
+        failed = self._likely(ids.ctypes.data, probs.ctypes.data, width, *_matrix(scores), *map(_address, parameters))
+        if failed:
+            raise MemoryError(f"no memory to choose from {vocab} tokens")
+        return ids.tolist(), probs.tolist()
+
+    def noise(self, tokens: Sequence[int], seed: int, position: int) -> list[float]:
+        """Keyed noise of some tokens. `seed`: its bits, as an int64."""
+        ids, out = np.array(tokens, np.int64), np.empty(len(tokens))
+        self._noise(out.ctypes.data, ids.ctypes.data, len(ids), seed, position)
+        return out.tolist()
+
+
+def _lines(scores: torch.Tensor) -> torch.Tensor:
+    return scores if scores.stride(1) == 1 else scores.contiguous()
+
+
+def _matrix(scores: torch.Tensor) -> tuple[int, int, int, int]:
+    return scores.data_ptr(), scores.stride(0), *scores.shape
+
+
+def _address(parameter: torch.Tensor) -> int:
+    return parameter.data_ptr()
+
+
+@lru_cache(maxsize=1)
+def sampling_ops() -> SamplingOps | None:
+    """The compiled ops, or None where there are none."""
+    ops = native_ops()
+    return None if ops is None else SamplingOps(ops.library)
