@@ -37,6 +37,9 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tup
         scores = run_pipelines(logits, rows, [None] * len(rows))
     scores = adjust(scores, rows, owned=scores is not logits)
     width = min(width, scores.shape[1])
+    ops = filters.compiled(scores)
+    if ops is not None:
+        return ops.likely(scores, width, *_given(rows, scores.device).arrays())
     sampled = [i for i, row in enumerate(rows) if not row.params.greedy]
     if not sampled:
         probs, ids = scores.softmax(dim=1).topk(width, dim=1)
@@ -49,11 +52,14 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tup
     return ids.tolist(), probs.tolist()
 
 
+def _given(rows: Sequence[SamplingRow], device: torch.device) -> filters.DrawTensors:
+    places = [row.position for row in rows]
+    return filters.draw_tensors([row.params for row in rows], [row.seed for row in rows], places, device)
+
+
 def _with_noise(values: torch.Tensor, ids: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Scores of the likeliest tokens, tempered, filtered and with noise: the largest is drawn."""
-    given = filters.draw_tensors(
-        [row.params for row in rows], [row.seed for row in rows], [row.position for row in rows], values.device
-    )
+    given = _given(rows, values.device)
     values = filters.warm(values, given)
     if given.largest_k:
         place = torch.arange(values.shape[1], device=values.device)

@@ -17,7 +17,8 @@ from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
 from hf_paged.speculation.suffix import SuffixIndex, Text
 from hf_paged.speculation.trial import Trial
 
-LONGEST_WAIT = 15  # steps that a row whose texts are of no use waits until they are looked at again
+# A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps.
+PATIENCE, LONGEST_WAIT = 3, 15
 
 
 @dataclass(eq=False)
@@ -26,14 +27,14 @@ class RowDrafting:
 
     Attributes:
         records: by proposer.
-        wait: steps until texts are looked at again. waited: how many these were the last time.
+        wait: steps until texts are looked at again. misses: times on end that they were of no use.
     """
 
     records: dict[str, RowRecord] = field(default_factory=dict)
     ngrams: NgramIndex | None = None
     text: Text | None = None
     wait: int = 0
-    waited: int = 0
+    misses: int = 0
 
     def record(self, source: str) -> RowRecord:
         return self.records.setdefault(source, RowRecord())
@@ -142,8 +143,8 @@ class Speculator:
         """Rows for which texts offer nothing that pays are asked for less and less often."""
         for planned in asked:
             state = self._state(planned.row)
-            state.waited = 0 if planned in chosen else min(2 * state.waited + 1, LONGEST_WAIT)
-            state.wait = state.waited
+            state.misses = 0 if planned in chosen else state.misses + 1
+            state.wait = min((1 << max(state.misses - PATIENCE, 0)) - 1, LONGEST_WAIT)
 
     def _texts_of(self, row: Row, depth: int) -> list[Proposal | None]:
         state, found, method = self._state(row), [], self.config.method

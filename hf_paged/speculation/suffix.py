@@ -16,8 +16,9 @@ from hf_paged.speculation.proposal import MOST_NODES, Proposal
 
 CONTEXT, LONG = 2, 6  # tokens that are hashed: places that have the longer in common are looked at first
 CANDIDATES = 12  # places of a chain that are looked at
-LEAST_SHARE = 0.12  # of what was counted, to be proposed beside something likelier
-SHARES = (0.2, 0.4, 0.6, 0.8, 0.95)
+SURE = 12  # a match of so many tokens is followed alone; beside shorter ones stands what else was seen
+LEAST_SHARE = 0.03  # of what was counted, to be proposed beside something likelier
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
 @dataclass(eq=False, slots=True)
@@ -95,13 +96,14 @@ class SuffixIndex:
             pair = tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77
             slot = hash((pair, tokens[-3], tokens[-4], tokens[-5], tokens[-6])) & self._mask
             self._walk(self._chains[LONG], slot, text, found)
-        if not found and end >= CONTEXT:
+        if end >= CONTEXT and all(length < SURE for length, _, _ in found):
             slot = (tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77) >> 7 & self._mask
             self._walk(self._chains[CONTEXT], slot, text, found)
-        if found:
-            _, other, at = max(found, key=lambda entry: entry[0])
-            text.following = other, at - end
-        return found
+        if not found:
+            return found
+        length, other, at = best = max(found, key=lambda entry: entry[0])
+        text.following = other, at - end
+        return [best] if length >= SURE else list({(id(other), at): (n, other, at) for n, other, at in found}.values())
 
     def _walk(self, chain: Chain, slot: int, text: Text, found: list[tuple[int, Text, int]]) -> None:
         """Add the latest matches of a chain to `found`."""
@@ -127,8 +129,6 @@ class SuffixIndex:
         found = self.matches(text) if depth > 0 else []
         if not found:
             return None
-        longest = max(length for length, _, _ in found)
-        found = [entry for entry in found if 2 * entry[0] >= longest]
         if width == 1 or len(found) == 1:
             length, other, at = max(found, key=lambda entry: entry[0])
             kind = match_kind(length) * (len(SHARES) + 1) + len(SHARES)

@@ -41,13 +41,16 @@ class SamplingOps:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The `width` tokens of each row that are likeliest to be drawn, and estimates of their odds, best first.
 
-        A row of temperature 0 is greedy. An id of -1: there is none. NaN where scores are.
+        A row of a temperature under 1e-5 is greedy. Fewer than `width`: no others are allowed. NaN where scores are.
         """
         scores, (rows, vocab) = _lines(scores), scores.shape
         ids, probs = np.empty((rows, width), np.int64), np.empty((rows, width), np.float32)
         failed = self._likely(ids.ctypes.data, probs.ctypes.data, width, *_matrix(scores), *map(_address, parameters))
         if failed:
             raise MemoryError(f"no memory to choose from {vocab} tokens")
+        if ids.min(initial=0) < 0:
+            counts = (ids >= 0).sum(1).tolist()
+            return tuple([row[:n] for row, n in zip(part.tolist(), counts, strict=True)] for part in (ids, probs))
         return ids.tolist(), probs.tolist()
 
     def noise(self, tokens: Sequence[int], seed: int, position: int) -> list[float]:

@@ -191,9 +191,9 @@ static int64_t draw_row(scratch *s, const settings *a, int64_t row, int64_t voca
 /* As `likely_tokens`, a row. */
 static void likely_row(scratch *s, const settings *a, int64_t row, int64_t vocab, const float *scores, int64_t *ids,
                        float *probs, int64_t width) {
-    const int greedy = a->temperature[row] <= 0;
+    const int greedy = a->temperature[row] < 1e-5f;
     const float top = warm(s, scores, vocab, greedy ? 1.0f : a->temperature[row]);
-    for (int64_t j = 0; j < width; j++) ids[j] = -1, probs[j] = top == top ? 0 : NAN;
+    for (int64_t j = 0; j < width; j++) ids[j] = isfinite(top) ? -1 : 0, probs[j] = isfinite(top) ? 0 : NAN;
     if (!isfinite(top)) return;
     cut c = nth(s, vocab, top, CANDIDATES);
     if (!greedy) c = narrower(c, filter(s, a, row, vocab, top));
@@ -245,7 +245,8 @@ int draw_tokens(int64_t *tokens, float *tops, const float *scores, int64_t line,
 }
 
 /* The `width` tokens [rows, width] most likely to be drawn: those with the largest score + noise of a row's likeliest ones, and
- * the softmax of these sums; a row of temperature 0 is greedy: without noise. Missing ones have the id -1. */
+ * the softmax of these sums; a row of a temperature under 1e-5 is greedy: without noise.
+ * Missing ones have the id -1; odds are NaN where the largest score is not finite. */
 int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores, int64_t line, int64_t rows, int64_t vocab,
                   const float *temperature, const float *limit, const float *min_p, const int64_t *top_k, const int64_t *seeds,
                   const int64_t *positions) {
