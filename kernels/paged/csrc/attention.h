@@ -138,7 +138,7 @@ INLINE float exponentials(float *scores, int64_t n, float softcap, float top, fl
     for (int64_t i = n; i % 16; i++) scores[i] = -INFINITY;
     for (int64_t i = 0; i < n; i += 16) {
         const lanes x = *(lanes *)(scores + i);
-        largest_yet = choose(x > largest_yet, x, largest_yet);
+        largest_yet = larger(x, largest_yet);
     }
     top = largest(largest_yet);
     for (int64_t i = 0; i < n; i += 16) {
