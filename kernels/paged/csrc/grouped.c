@@ -25,12 +25,15 @@ typedef struct {
     const float *query, *keys, *values, *sinks;
     int64_t query_line, heads, kv_heads, dim, value_dim, page;
     float scale, softcap;
+    int64_t stride; /* of the scores of a row's own slots */
+    int64_t *taken; /* items that threads have taken: of segments, and of rows' own slots */
     float *out, *partial, *own_tops; /* [rows, heads, value_dim]; [members, heads, value_dim + 2]; [rows, heads, 2] */
 } task;
 
 typedef struct {
     reg *query, *out, *scores, top[WIDE], sum[WIDE], before[WIDE]; /* [dim][wide], [value_dim][wide], [CHUNK][wide] */
-    float *copy;                                                   /* [KEYS][dim] */
+    float *copy, *own_scores;                                      /* [KEYS][dim]; [group][stride] */
+    int64_t own, at;                                               /* own slots that come next; of these on their way */
     const float *keys[CHUNK], *values[CHUNK];                      /* of a chunk; past its end the last one again */
 } scratch;
 
@@ -49,14 +52,39 @@ INLINE void fetch_slots(const float *const *slots, int64_t dim) {
     for (int j = 0; j < KEYS; j++) fetch(slots[j], dim);
 }
 
+INLINE span own_slots(const task *a, const float *pages, int64_t item, int64_t dim) {
+    const step *s = a->step;
+    const int64_t row = item / a->kv_heads;
+    return (span){pages, s->table + s->line_of[row] * s->table_width, s->own[row], s->context[row], item % a->kv_heads,
+                  a->kv_heads, a->page, dim};
+}
+
+static int64_t take_own(const task *a) { return __atomic_fetch_add(a->taken + 1, 1, __ATOMIC_RELAXED); }
+
+/* Where the next of the own slots lie that are computed after this chunk: a loop over what is at hand fetches a line of
+ * memory with each round, `floats` in all. So memory works while the processor does. */
+INLINE const float *coming(const task *a, scratch *s, int64_t floats) {
+    if (s->own >= a->step->rows * a->kv_heads) return s->copy;
+    const span keys = own_slots(a, a->keys, s->own, a->dim), values = own_slots(a, a->values, s->own, a->value_dim);
+    const int64_t count = keys.end - keys.begin, in_values = s->at >= count, t = keys.begin + s->at - (in_values ? count : 0);
+    if (t >= keys.end) return s->copy;
+    const int64_t left = keys.end - t, room = a->page - t % a->page, n = room < left ? room : left;
+    const int64_t fit = floats / (in_values ? a->value_dim : a->dim);
+    s->at += fit > n ? n : fit > 1 ? fit : 1;
+    return slot(in_values ? values : keys, t);
+}
+
 /* Products of all lines with KEYS keys that lie one after another. */
-INLINE void score_keys(reg *scores, const reg *query, const float *keys, const int64_t dim, const int wide) {
+INLINE void score_keys(reg *scores, const reg *query, const float *keys, const float *coming, const int64_t dim,
+                       const int wide) {
     reg sums[KEYS][WIDE] = {0};
-    for (int64_t d = 0; d < dim; d++)
+    for (int64_t d = 0; d < dim; d++) {
+        __builtin_prefetch(coming + 16 * d, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < KEYS; j++)
 #pragma GCC unroll 3
             for (int v = 0; v < wide; v++) sums[j][v] += query[wide * d + v] * keys[j * dim + d];
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < KEYS; j++)
 #pragma GCC unroll 3
@@ -64,7 +92,7 @@ INLINE void score_keys(reg *scores, const reg *query, const float *keys, const i
 }
 
 /* Products of all lines with the slots of a chunk. */
-INLINE void score_chunk(scratch *s, int64_t n, const int64_t dim, const int wide) {
+INLINE void score_chunk(const task *a, scratch *s, int64_t n, const int64_t dim, const int wide) {
     for (int64_t i = 0; i < n; i += KEYS) {
         const float *keys = s->keys[i];
         fetch_slots(s->values + i, dim);
@@ -75,7 +103,7 @@ INLINE void score_chunk(scratch *s, int64_t n, const int64_t dim, const int wide
             for (int64_t j = 0; j < KEYS; j++) memcpy(s->copy + j * dim, s->keys[i + j], sizeof(float) * dim);
             keys = s->copy;
         }
-        score_keys(s->scores + wide * i, s->query, keys, dim, wide);
+        score_keys(s->scores + wide * i, s->query, keys, coming(a, s, 16 * dim), dim, wide);
     }
 }
 
@@ -95,7 +123,7 @@ INLINE void weigh_chunk(scratch *s, int64_t n, float softcap, const int wide) {
 }
 
 /* Adds the weighted values of a chunk, elements [d, d + width) of them. */
-INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const int width, const int wide) {
+INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const float *coming, const int width, const int wide) {
     reg sums[KEYS][WIDE], *out = s->out + wide * d;
     const reg *weight = s->scores;
 #pragma GCC unroll 8
@@ -104,6 +132,7 @@ INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const int width, const i
         for (int v = 0; v < wide; v++) sums[j][v] = out[wide * j + v] * s->before[v];
     for (int64_t i = 0; i < n; i++, weight += wide) {
         const float *value = s->values[i] + d;
+        __builtin_prefetch(coming + 16 * i, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < width; j++)
 #pragma GCC unroll 3
@@ -113,6 +142,36 @@ INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const int width, const i
     for (int j = 0; j < width; j++)
 #pragma GCC unroll 3
         for (int v = 0; v < wide; v++) out[wide * j + v] = sums[j][v];
+}
+
+/* Item `row * kv_heads + head`: one query and KV head over its own slots. */
+INLINE void attend_own(const task *a, float *scores, int64_t item, int64_t then, const int64_t group, const int64_t dim,
+                       const int64_t value_dim) {
+    const int64_t row = item / a->kv_heads, head = item % a->kv_heads * group;
+    const int64_t line = row * a->heads + head, stride = a->stride;
+    const span keys = own_slots(a, a->keys, item, dim), values = own_slots(a, a->values, item, value_dim);
+    score_slots(scores, stride, a->query + row * a->query_line + head * dim, keys, values, group, a->scale, dim);
+    const float softcap = hide(scores, stride, keys, a->step->tree, row, group, a->softcap);
+    for (int64_t g = 0; g < group; g++) {
+        float *top = a->own_tops + 2 * (line + g);
+        *top = exponentials(scores + g * stride, keys.end - keys.begin, softcap, -INFINITY, top + 1);
+    }
+    sum_values(a->out + line * value_dim, scores, stride, values, own_slots(a, a->keys, then, dim), group, value_dim);
+}
+
+/* The own slots that come next, if any are left. Those behind them are known then, so that memory is on its way. */
+static void own_item(const task *a, scratch *s) {
+    const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
+    const int64_t item = s->own, all = a->step->rows * a->kv_heads;
+    if (item >= all) return;
+    s->own = take_own(a);
+    s->at = 0;
+    const int64_t then = s->own < all ? s->own : item;
+#define OWN(G, D, V) attend_own(a, s->own_scores, item, then, G, D, V)
+    if (dim == 64 && value_dim == 64 && group == 3) OWN(3, 64, 64);
+    else if (dim == 64 && value_dim == 64 && group == 4) OWN(4, 64, 64);
+    else if (dim == 128 && value_dim == 128 && group == 4) OWN(4, 128, 128);
+    else OWN(group, dim, value_dim);
 }
 
 /* One segment, KV head and lines from `first` on; a line is a member's query head. parts: [members, heads, value_dim + 2]. */
@@ -132,16 +191,17 @@ INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int
     for (int64_t t = g.begin, n, next; t < g.end; t += CHUNK) {
         n = g.end - t < CHUNK ? g.end - t : CHUNK;
         find_slots(s->values, a, a->values, g.line, head, value_dim, t, n);
-        score_chunk(s, n, dim, wide);
+        score_chunk(a, s, n, dim, wide);
         weigh_chunk(s, n, a->softcap, wide);
         next = g.end - t - n < CHUNK ? g.end - t - n : CHUNK;
         if (next) find_slots(s->keys, a, a->keys, g.line, head, dim, t + n, next);
         int64_t d = 0;
         for (; d + KEYS <= value_dim; d += KEYS) { /* keys of the next chunk are on their way meanwhile */
             fetch_slots(s->keys + d * CHUNK / value_dim / KEYS * KEYS, dim);
-            add_chunk(s, n, d, KEYS, wide);
+            add_chunk(s, n, d, coming(a, s, 16 * n), KEYS, wide);
         }
-        for (; d < value_dim; d++) add_chunk(s, n, d, 1, wide);
+        for (; d < value_dim; d++) add_chunk(s, n, d, s->copy, 1, wide);
+        own_item(a, s);
     }
     for (int64_t l = 0; l < lines; l++) {
         float *part = a->partial + ((g.first + (first + l) / group) * a->heads + head * group + (first + l) % group) * (value_dim + 2);
@@ -181,26 +241,6 @@ INLINE void merge(const task *a, int64_t line, const int64_t dim) {
     for (int64_t d = 0; d < dim; d++) out[d] *= scale;
 }
 
-INLINE span own_slots(const task *a, const float *pages, int64_t item, int64_t dim) {
-    const int64_t row = item / a->kv_heads;
-    return (span){pages, a->step->table + a->step->line_of[row] * a->step->table_width, a->step->own[row], a->step->context[row], item % a->kv_heads,
-                  a->kv_heads, a->page, dim};
-}
-
-/* Item `row * kv_heads + head`: one query and KV head over its own slots. */
-INLINE void attend_own(const task *a, float *scores, int64_t stride, int64_t item, int64_t then, const int64_t group,
-                       const int64_t dim, const int64_t value_dim) {
-    const int64_t row = item / a->kv_heads, head = item % a->kv_heads * group, line = row * a->heads + head;
-    const span keys = own_slots(a, a->keys, item, dim), values = own_slots(a, a->values, item, value_dim);
-    score_slots(scores, stride, a->query + row * a->query_line + head * dim, keys, values, group, a->scale, dim);
-    const float softcap = hide(scores, stride, keys, a->step->tree, row, group, a->softcap);
-    for (int64_t g = 0; g < group; g++) {
-        float *top = a->own_tops + 2 * (line + g);
-        *top = exponentials(scores + g * stride, keys.end - keys.begin, softcap, -INFINITY, top + 1);
-    }
-    sum_values(a->out + line * value_dim, scores, stride, values, own_slots(a, a->keys, then, dim), group, value_dim);
-}
-
 #define BY_DIM(CALL) \
     if (dim == 64 && value_dim == 64) { CALL(64, 64); } \
     else if (dim == 128 && value_dim == 128) { CALL(128, 128); } \
@@ -210,24 +250,16 @@ INLINE void attend_own(const task *a, float *scores, int64_t stride, int64_t ite
 static void segment_item(const task *a, scratch *s, const int64_t *items, int64_t i) {
     int64_t at = 0;
     while (items[at + 1] <= i) at++;
-    const int64_t within = i - items[at], blocks = (items[at + 1] - items[at]) / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
+    const int64_t within = i - items[at], blocks = (items[at + 1] - items[at]) / a->kv_heads;
+    const int64_t dim = a->dim, value_dim = a->value_dim;
 #define SEGMENT(D, V) attend_segment(a, s, a->step->segments[at], within / blocks, within % blocks * LINES, D, V)
     BY_DIM(SEGMENT)
 }
 
-static void own_item(const task *a, float *scores, int64_t stride, int64_t item, int64_t then) {
-    const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
-#define OWN(G, D, V) attend_own(a, scores, stride, item, then, G, D, V)
-    if (dim == 64 && value_dim == 64 && group == 3) OWN(3, 64, 64);
-    else if (dim == 64 && value_dim == 64 && group == 4) OWN(4, 64, 64);
-    else if (dim == 128 && value_dim == 128 && group == 4) OWN(4, 128, 128);
-    else OWN(group, dim, value_dim);
-}
-
-/* One thread's part. Segments come first, since they take long; rows' own slots fill what time their ends leave. */
-static int work(const task *a, const int64_t *items, int64_t *taken, int64_t stride) {
-    const int64_t shared = items[a->step->num_segments], all = shared + a->step->rows * a->kv_heads, lines = LINES * sizeof(float);
-    const size_t floats = KEYS * a->dim + a->heads / a->kv_heads * stride;
+/* One thread's part: segments, with rows' own slots after each chunk, and what is left of these. */
+static int work(const task *a, const int64_t *items) {
+    const int64_t lines = LINES * sizeof(float), all = a->step->rows * a->kv_heads;
+    const size_t floats = KEYS * a->dim + a->heads / a->kv_heads * a->stride;
     scratch s;
     char *memory = aligned_alloc(64, (lines * (a->dim + a->value_dim + CHUNK) + sizeof(float) * floats + 63) / 64 * 64);
     if (!memory) return 1;
@@ -235,13 +267,12 @@ static int work(const task *a, const int64_t *items, int64_t *taken, int64_t str
     s.out = (reg *)(memory + lines * a->dim);
     s.scores = (reg *)(memory + lines * (a->dim + a->value_dim));
     s.copy = (float *)(memory + lines * (a->dim + a->value_dim + CHUNK));
-    int64_t item, after;
-    item = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
-    for (; item < all; item = after) { /* the next item is known, so that memory is on its way */
-        after = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
-        if (item < shared) segment_item(a, &s, items, item);
-        else own_item(a, s.copy + KEYS * a->dim, stride, item - shared, (after < all ? after : item) - shared);
-    }
+    s.own_scores = s.copy + KEYS * a->dim;
+    s.own = take_own(a);
+    s.at = 0;
+    for (int64_t i; (i = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED)) < items[a->step->num_segments];)
+        segment_item(a, &s, items, i);
+    while (s.own < all) own_item(a, &s);
     free(memory);
     return 0;
 }
@@ -254,18 +285,21 @@ int grouped_attention(float *out, const float *query, int64_t query_line, const 
                       const float *sinks) {
     const int64_t group = heads / kv_heads, lines = step->rows * heads, parts = step->num_members * heads * (value_dim + 2);
     float *partial = malloc(sizeof(float) * (size_t)(parts + 2 * lines));
-    int64_t *items = malloc(sizeof(int64_t) * (size_t)(step->num_segments + 1)), taken = 0, longest = 0;
-    const task a = {step, query, keys, values, sinks, query_line, heads, kv_heads, dim, value_dim, page, scale, softcap,
-                    out, partial, partial + parts};
+    int64_t *items = malloc(sizeof(int64_t) * (size_t)(step->num_segments + 1)), taken[2] = {0}, longest = 0;
     int failed = !partial || !items;
     if (!failed) items[0] = 0;
     for (int64_t i = 0; i < step->num_segments && !failed; i++)
         items[i + 1] = items[i] + kv_heads * ((step->segments[i].count * group + LINES - 1) / LINES);
-    for (int64_t r = 0; r < step->rows; r++) longest = step->context[r] - step->own[r] > longest ? step->context[r] - step->own[r] : longest;
+    for (int64_t r = 0, own; r < step->rows; r++) {
+        own = step->context[r] - step->own[r];
+        longest = own > longest ? own : longest;
+    }
+    const task a = {step, query, keys, values, sinks, query_line, heads, kv_heads, dim, value_dim, page, scale, softcap,
+                    (longest + 31) / 16 * 16, taken, out, partial, partial + parts};
     if (!failed) {
 #pragma omp parallel
         {
-            if (work(&a, items, &taken, (longest + 31) / 16 * 16)) failed = 1;
+            if (work(&a, items)) failed = 1;
 #pragma omp barrier
             if (!failed) {
 #pragma omp for schedule(static) nowait
