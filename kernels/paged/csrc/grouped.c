@@ -204,7 +204,8 @@ INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int
         own_item(a, s);
     }
     for (int64_t l = 0; l < lines; l++) {
-        float *part = a->partial + ((g.first + (first + l) / group) * a->heads + head * group + (first + l) % group) * (value_dim + 2);
+        const int64_t line = (g.first + (first + l) / group) * a->heads + head * group + (first + l) % group;
+        float *part = a->partial + line * (value_dim + 2);
         for (int64_t d = 0; d < value_dim; d++) part[d] = ((float *)s->out)[d * width + l];
         part[value_dim] = ((float *)s->top)[l];
         part[value_dim + 1] = ((float *)s->sum)[l];
@@ -250,9 +251,10 @@ INLINE void merge(const task *a, int64_t line, const int64_t dim) {
 static void segment_item(const task *a, scratch *s, const int64_t *items, int64_t i) {
     int64_t at = 0;
     while (items[at + 1] <= i) at++;
-    const int64_t within = i - items[at], blocks = (items[at + 1] - items[at]) / a->kv_heads;
+    /* KV heads alternate, so that a thread tends to read the same slots for its next lines. */
+    const int64_t within = i - items[at], head = within % a->kv_heads, first = within / a->kv_heads * LINES;
     const int64_t dim = a->dim, value_dim = a->value_dim;
-#define SEGMENT(D, V) attend_segment(a, s, a->step->segments[at], within / blocks, within % blocks * LINES, D, V)
+#define SEGMENT(D, V) attend_segment(a, s, a->step->segments[at], head, first, D, V)
     BY_DIM(SEGMENT)
 }
 
@@ -280,8 +282,8 @@ static int work(const task *a, const int64_t *items) {
 /* query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]. Query r sees slots [own[r],
  * context[r]) of line line_of[r] of table, and those of the segments that it is a member of: its places among the members
  * are parts[part_start[r], part_start[r + 1]); visible and base as in `tree`. Returns 0, or 1 where memory ran out. */
-int grouped_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const step *step,
-                      int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page, float scale, float softcap,
+int grouped_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values,
+                      const step *step, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page, float scale, float softcap,
                       const float *sinks) {
     const int64_t group = heads / kv_heads, lines = step->rows * heads, parts = step->num_members * heads * (value_dim + 2);
     float *partial = malloc(sizeof(float) * (size_t)(parts + 2 * lines));
