@@ -61,10 +61,12 @@ class _Finder:
     def __init__(self, rows: PagedRows) -> None:
         self.size, self.table, self.lens = rows.page_size, rows.page_table, rows.query_lens
         self.before = rows.context_lens - rows.query_lens  # slots that all queries of a row see
-        self.start = np.cumsum(rows.query_lens) - rows.query_lens
+        ends = rows.query_lens.cumsum()
+        self.start = ends - rows.query_lens
+        self.several = (rows.query_lens >= LEAST_QUERIES).tolist()
         if rows.tree is not None:
             self.before = np.minimum(self.before, rows.tree.base[self.start])
-        self.own = np.zeros(int(rows.query_lens.sum()), np.int64)
+        self.own = np.zeros(int(ends[-1]), np.int64)
         self.segments: list[tuple[int, int, int, int, int]] = []
         self.members: list[np.ndarray] = []
         self.placed = 0
@@ -78,14 +80,14 @@ class _Finder:
         full = self.before[at] // self.size  # pages that all queries of a row see whole
         least = int(full.min())
         part = self.table[at, page:least]
-        unlike = (part != part[0]).any(0)
-        shared = page + (int(unlike.argmax()) if unlike.any() else part.shape[1])
+        unlike = (part != part[0]).any(0).tolist()
+        shared = page + (unlike.index(True) if True in unlike else len(unlike))
         begin = self._segment(rows, begin, shared * self.size)
         branches: dict[int, list[int]] = {}
         for row, pages, next_page in zip(rows, full.tolist(), self._pages(at, shared), strict=True):
             branches.setdefault(next_page if pages > shared else -row, []).append(row)
         for branch in branches.values():
-            if len(branch) > 1 or self.lens[branch[0]] >= LEAST_QUERIES:
+            if len(branch) > 1 or self.several[branch[0]]:
                 self.split(branch, shared, begin)
 
     def _pages(self, rows: np.ndarray, index: int) -> list[int]:
@@ -104,7 +106,10 @@ class _Finder:
     def _segment(self, rows: list[int], begin: int, end: int) -> int:
         if end - begin < LEAST_SLOTS:
             return begin
-        queries = np.concatenate([np.arange(self.start[row], self.start[row] + self.lens[row]) for row in rows])
+        first, lens = self.start[rows], self.lens[rows]
+        ends = lens.cumsum()
+        # Of each row its first query and those after it.
+        queries = (first - ends + lens).repeat(lens) + np.arange(int(ends[-1]))
         return self._add(rows[0], begin, end, queries)
 
     def _add(self, line: int, begin: int, end: int, queries: np.ndarray) -> int:
@@ -121,11 +126,12 @@ class _Finder:
         if not self.segments:
             return None
         members = np.concatenate(self.members)
-        counts = np.bincount(members, minlength=len(self.own))
+        part_start = np.zeros(len(self.own) + 1, np.int64)
+        np.bincount(members, minlength=len(self.own)).cumsum(out=part_start[1:])
         return Groups(
             own=self.own,
             segments=np.array(self.segments, np.int64),
             members=members,
-            part_start=np.concatenate([[0], np.cumsum(counts)]),
-            parts=np.argsort(members, kind="stable"),
+            part_start=part_start,
+            parts=members.argsort(kind="stable"),
         )

@@ -53,7 +53,21 @@ class Seen:
 
 
 def _address(array: np.ndarray | None) -> int | None:
-    return None if array is None else array.ctypes.data
+    return None if array is None else array.__array_interface__["data"][0]  # half the time of `ctypes.data`
+
+
+class GroupedStep:
+    """What all layers of a step tell `NativeOps.grouped` alike, made once."""
+
+    def __init__(self, table: np.ndarray, seen: Seen, groups: Groups) -> None:
+        self.groups = groups
+        arrays = (table, seen.line_of, seen.context, groups.own, groups.members, groups.part_start, groups.parts)
+        arrays = (*arrays, groups.segments, seen.visible, seen.base)
+        numbers = table.shape[1], len(seen.line_of), len(groups.segments), len(groups.members)
+        # The fields of `step` in `grouped.c`, all of 64 bits.
+        self._fields = np.array([*(_address(array) or 0 for array in arrays), *numbers], np.int64)
+        self._alive = arrays
+        self.address = _address(self._fields)
 
 
 class NativeOps:
@@ -64,9 +78,7 @@ class NativeOps:
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
         self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _P, _F, _P, _P, _P]
         self._grouped = library.grouped_attention
-        self._grouped.argtypes = (
-            [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _F, _P, _P, _P, _I, _P, _I] + [_P] * 4
-        )
+        self._grouped.argtypes = [_P, _P, _I] + [_P] * 3 + [_I] * 5 + [_F, _F, _P]
         self._norm.argtypes, self._norm.restype = [_P, _P, _P, _F, _I, _I], None
         self._silu_mul = library.silu_mul
         self._silu_mul.argtypes, self._silu_mul.restype = [_P, _P, _I, _I], None
@@ -108,8 +120,8 @@ class NativeOps:
             raise MemoryError(f"no memory for the scores of {rows} rows of up to {int(seen.context.max())} tokens")
         return out
 
-    def grouped(self, query, key_pages, value_pages, table, seen: Seen, scale, softcap, sinks, groups: Groups):
-        """As `attention`, with the slots of `groups` computed for many queries at once. Without windows."""
+    def grouped(self, query, key_pages, value_pages, step: GroupedStep, scale, softcap, sinks):
+        """As `attention`, with the slots of groups computed for many queries at once. Without windows."""
         rows, heads, dim = query.shape
         _, kv_heads, size, value_dim = value_pages.shape
         query, out = _lines(query), query.new_empty(rows, heads, value_dim)
@@ -120,11 +132,7 @@ class NativeOps:
             query.stride(0),
             key_pages.data_ptr(),
             value_pages.data_ptr(),
-            table.ctypes.data,
-            table.shape[1],
-            seen.line_of.ctypes.data,
-            seen.context.ctypes.data,
-            rows,
+            step.address,
             heads,
             kv_heads,
             dim,
@@ -133,18 +141,9 @@ class NativeOps:
             scale,
             softcap or 0.0,
             None if sinks is None else sinks.data_ptr(),
-            groups.own.ctypes.data,
-            groups.segments.ctypes.data,
-            len(groups.segments),
-            groups.members.ctypes.data,
-            len(groups.members),
-            groups.part_start.ctypes.data,
-            groups.parts.ctypes.data,
-            _address(seen.visible),
-            _address(seen.base),
         )
         if failed:
-            raise MemoryError(f"no memory for the parts of {rows} rows, {len(groups.members)} of them shared")
+            raise MemoryError(f"no memory for the parts of {rows} rows, {len(step.groups.members)} of them shared")
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
-from hf_paged.kernels.groups import Groups, build_groups
-from hf_paged.kernels.native import NativeOps, Seen, native_ops
+from hf_paged.kernels.groups import build_groups
+from hf_paged.kernels.native import GroupedStep, NativeOps, Seen, native_ops
 from hf_paged.kernels.rows import ALL, PagedRows, TreeMask
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
 
@@ -24,13 +24,13 @@ def paged_attention(
     """See `hf_paged.kernels.paged_attention`."""
     native, n = _native(query, key_pages, rows), rows.num_decodes
     if native is not None:
+        step = _grouped_step(rows, window)
+        if step is not None:
+            return native.grouped(query, key_pages, value_pages, step, scale, softcap, sinks)
         seen = rows.derived(("seen", window), lambda: _seen(rows, window))
-        groups = _groups(rows, seen.context, window)
-        at = query, key_pages, value_pages, rows.page_table
-        if groups is not None:
-            return native.grouped(*at, seen, scale, softcap, sinks, groups)
         n = rows.derived("short", lambda: _short(rows))
-        first = native.attention(query[:n], *at[1:], seen.first(n), scale, softcap, sinks) if n else None
+        at = key_pages, value_pages, rows.page_table
+        first = native.attention(query[:n], *at, seen.first(n), scale, softcap, sinks) if n else None
     else:
         first = _decode(query[:n], key_pages, value_pages, rows, scale, window, softcap, sinks) if n else None
     if n == len(query):
@@ -64,11 +64,16 @@ def _native(query: torch.Tensor, key_pages: torch.Tensor, rows: PagedRows) -> Na
     return native_ops() if fits else None
 
 
-def _groups(rows: PagedRows, context: np.ndarray, window: int | None) -> Groups | None:
+def _grouped_step(rows: PagedRows, window: int | None) -> GroupedStep | None:
     """What queries share; None where nothing is, or where a window hides some of it from some of them."""
-    if not rows.grouped or (window is not None and context.max() > window):
+    if not rows.grouped or (window is not None and rows.context_lens.max() > window):
         return None
-    return rows.derived("groups", lambda: build_groups(rows))
+
+    def make() -> GroupedStep | None:
+        groups = build_groups(rows)
+        return None if groups is None else GroupedStep(rows.page_table, _seen(rows, None), groups)
+
+    return rows.derived("grouped", make)
 
 
 def _short(rows: PagedRows) -> int:

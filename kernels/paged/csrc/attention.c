@@ -2,12 +2,12 @@
 #include "attention.h"
 #include <stdlib.h>
 
-/* Softmax over scores[0, n); a sink, if any, takes its share of the sum. Writes up to the next multiple of 16. */
+/* Softmax over scores[0, n); a sink, if any, takes its share of the sum. Writes up to the next multiple of LANES. */
 static void softmax(float *scores, int64_t n, float softcap, const float *sink) {
     float sum;
     const float top = exponentials(scores, n, softcap, sink ? *sink : -INFINITY, &sum);
     const float scale = 1 / (sum + (sink ? expf(*sink - top) : 0));
-    for (int64_t i = 0; i < n; i += 16) *(lanes *)(scores + i) *= scale;
+    for (int64_t i = 0; i < n; i += LANES) *(lanes *)(scores + i) *= scale;
 }
 
 /* One row and KV head: `group` queries over all slots of a span. `then`: the keys that are read next. */

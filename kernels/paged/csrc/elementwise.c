@@ -41,7 +41,7 @@ void rotate_and_store(float *query, float *key, const float *value, const float 
 }
 
 INLINE lanes silu(lanes x) {
-    const ints negative = above((lanes){0}, x);
+    const ints negative = x < 0;
     const lanes e = exp_of_negative(choose(negative, x, -x)); /* e^-|x| */
     return x * choose(negative, e, (lanes){0} + 1.0f) / (1.0f + e);
 }
@@ -51,8 +51,8 @@ void silu_mul(float *out, const float *x, int64_t lines, int64_t width) {
 #pragma omp parallel for schedule(static) if (lines * width > 8192)
     for (int64_t t = 0; t < lines; t++) {
         const float *gate = x + t * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i + 16 <= width; i += 16)
+        for (int64_t i = 0; i + LANES <= width; i += LANES)
             *(lanes *)(out + t * width + i) = silu(*(const lanes *)(gate + i)) * *(const lanes *)(up + i);
-        for (int64_t i = width / 16 * 16; i < width; i++) out[t * width + i] = silu((lanes){0} + gate[i])[0] * up[i];
+        for (int64_t i = width / LANES * LANES; i < width; i++) out[t * width + i] = silu((lanes){0} + gate[i])[0] * up[i];
     }
 }

@@ -4,33 +4,44 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WIDE = 3, CHUNK = 64, KEYS = 8 }; /* vectors of queries side by side; slots at a time; of these, in registers */
+/* Vectors of queries side by side; slots at a time; of these, in registers: WIDE * KEYS sums, and what is added to them. */
+enum { WIDE = 3, CHUNK = 64, KEYS = REGISTERS / 4, LINES = LANES * WIDE };
 
 /* Slots [begin, end) of a line of the table, which members [first, first + count) see. */
 typedef struct {
     int64_t line, begin, end, first, count;
 } segment;
 
+/* What all layers of a step have in common; see `grouped_attention`. */
 typedef struct {
-    const float *query, *keys, *values, *sinks;
     const int64_t *table, *line_of, *context, *own, *members, *part_start, *parts;
     const segment *segments;
     tree tree;
-    int64_t query_line, table_width, heads, kv_heads, dim, value_dim, page;
+    int64_t table_width, rows, num_segments, num_members;
+} step;
+
+typedef struct {
+    const step *step;
+    const float *query, *keys, *values, *sinks;
+    int64_t query_line, heads, kv_heads, dim, value_dim, page;
     float scale, softcap;
+    int64_t stride; /* of the scores of a row's own slots */
+    int64_t *taken; /* items that threads have taken: of segments, and of rows' own slots */
+    float *out, *partial, *own_tops; /* [rows, heads, value_dim]; [members, heads, value_dim + 2]; [rows, heads, 2] */
 } task;
 
 typedef struct {
-    lanes *query, *out, *scores, top[WIDE], sum[WIDE]; /* [dim][wide], [value_dim][wide], [CHUNK][wide] */
-    float *copy;                                       /* [KEYS][dim] */
-    const float *keys[CHUNK], *values[CHUNK];          /* of a chunk; past its end the last one again */
+    lanes *query, *out, *scores, top[WIDE], sum[WIDE], before[WIDE]; /* [dim][wide], [value_dim][wide], [CHUNK][wide] */
+    float *copy, *own_scores;                                      /* [KEYS][dim]; [group][stride] */
+    int64_t own, at;                                               /* own slots that come next; of these on their way */
+    const float *keys[CHUNK], *values[CHUNK];                      /* of a chunk; past its end the last one again */
 } scratch;
 
 /* Where slots [t, t + n) of a line lie. */
 INLINE void find_slots(const float **slots, const task *a, const float *pages, int64_t line, int64_t head, int64_t dim,
                        int64_t t, int64_t n) {
     for (int64_t i = 0; i < n;) {
-        const int64_t at = (t + i) % a->page, page = a->table[line * a->table_width + (t + i) / a->page];
+        const int64_t at = (t + i) % a->page, page = a->step->table[line * a->step->table_width + (t + i) / a->page];
         const float *slot = pages + ((page * a->kv_heads + head) * a->page + at) * dim;
         for (int64_t end = i + a->page - at; i < end && i < n; i++, slot += dim) slots[i] = slot;
     }
@@ -41,14 +52,39 @@ INLINE void fetch_slots(const float *const *slots, int64_t dim) {
     for (int j = 0; j < KEYS; j++) fetch(slots[j], dim);
 }
 
+INLINE span own_slots(const task *a, const float *pages, int64_t item, int64_t dim) {
+    const step *s = a->step;
+    const int64_t row = item / a->kv_heads;
+    return (span){pages, s->table + s->line_of[row] * s->table_width, s->own[row], s->context[row], item % a->kv_heads,
+                  a->kv_heads, a->page, dim};
+}
+
+static int64_t take_own(const task *a) { return __atomic_fetch_add(a->taken + 1, 1, __ATOMIC_RELAXED); }
+
+/* Where the next of the own slots lie that are computed after this chunk: a loop over what is at hand fetches a line of
+ * memory with each round, `floats` in all. So memory works while the processor does. */
+INLINE const float *coming(const task *a, scratch *s, int64_t floats) {
+    if (s->own >= a->step->rows * a->kv_heads) return s->copy;
+    const span keys = own_slots(a, a->keys, s->own, a->dim), values = own_slots(a, a->values, s->own, a->value_dim);
+    const int64_t count = keys.end - keys.begin, in_values = s->at >= count, t = keys.begin + s->at - (in_values ? count : 0);
+    if (t >= keys.end) return s->copy;
+    const int64_t left = keys.end - t, room = a->page - t % a->page, n = room < left ? room : left;
+    const int64_t fit = floats / (in_values ? a->value_dim : a->dim);
+    s->at += fit > n ? n : fit > 1 ? fit : 1;
+    return slot(in_values ? values : keys, t);
+}
+
 /* Products of all lines with KEYS keys that lie one after another. */
-INLINE void score_keys(lanes *scores, const lanes *query, const float *keys, const int64_t dim, const int wide) {
+INLINE void score_keys(lanes *scores, const lanes *query, const float *keys, const float *coming, const int64_t dim,
+                       const int wide) {
     lanes sums[KEYS][WIDE] = {0};
-    for (int64_t d = 0; d < dim; d++)
+    for (int64_t d = 0; d < dim; d++) {
+        __builtin_prefetch(coming + 16 * d, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < KEYS; j++)
 #pragma GCC unroll 3
             for (int v = 0; v < wide; v++) sums[j][v] += query[wide * d + v] * keys[j * dim + d];
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < KEYS; j++)
 #pragma GCC unroll 3
@@ -56,7 +92,7 @@ INLINE void score_keys(lanes *scores, const lanes *query, const float *keys, con
 }
 
 /* Products of all lines with the slots of a chunk. */
-INLINE void score_chunk(scratch *s, int64_t n, const int64_t dim, const int wide) {
+INLINE void score_chunk(const task *a, scratch *s, int64_t n, const int64_t dim, const int wide) {
     for (int64_t i = 0; i < n; i += KEYS) {
         const float *keys = s->keys[i];
         fetch_slots(s->values + i, dim);
@@ -67,36 +103,36 @@ INLINE void score_chunk(scratch *s, int64_t n, const int64_t dim, const int wide
             for (int64_t j = 0; j < KEYS; j++) memcpy(s->copy + j * dim, s->keys[i + j], sizeof(float) * dim);
             keys = s->copy;
         }
-        score_keys(s->scores + wide * i, s->query, keys, dim, wide);
+        score_keys(s->scores + wide * i, s->query, keys, coming(a, s, 16 * dim), dim, wide);
     }
 }
 
-/* Scores become weights over the largest so far; what was summed before is scaled to it. */
-INLINE void weigh_chunk(scratch *s, int64_t n, float softcap, const int64_t value_dim, const int wide) {
+/* Scores become weights over the largest so far; `before` scales to it what was summed before. */
+INLINE void weigh_chunk(scratch *s, int64_t n, float softcap, const int wide) {
     for (int v = 0; v < wide; v++) {
         lanes *score = s->scores + v, top = s->top[v], sum = {0};
         if (softcap > 0)
             for (int64_t i = 0; i < n; i++)
-                for (int l = 0; l < 16; l++) score[wide * i][l] = softcap * tanhf(score[wide * i][l] / softcap);
-        for (int64_t i = 0; i < n; i++) top = choose(score[wide * i] > top, score[wide * i], top);
-        const lanes before = exp_of_negative(s->top[v] - top);
+                for (int l = 0; l < LANES; l++) score[wide * i][l] = softcap * tanhf(score[wide * i][l] / softcap);
+        for (int64_t i = 0; i < n; i++) top = larger(score[wide * i], top);
         for (int64_t i = 0; i < n; i++) sum += score[wide * i] = exp_of_negative(score[wide * i] - top);
-        s->sum[v] = s->sum[v] * before + sum;
+        s->before[v] = exp_of_negative(s->top[v] - top);
+        s->sum[v] = s->sum[v] * s->before[v] + sum;
         s->top[v] = top;
-        for (int64_t d = 0; d < value_dim; d++) s->out[wide * d + v] *= before;
     }
 }
 
 /* Adds the weighted values of a chunk, elements [d, d + width) of them. */
-INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const int width, const int wide) {
+INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const float *coming, const int width, const int wide) {
     lanes sums[KEYS][WIDE], *out = s->out + wide * d;
     const lanes *weight = s->scores;
 #pragma GCC unroll 8
     for (int j = 0; j < width; j++)
 #pragma GCC unroll 3
-        for (int v = 0; v < wide; v++) sums[j][v] = out[wide * j + v];
+        for (int v = 0; v < wide; v++) sums[j][v] = out[wide * j + v] * s->before[v];
     for (int64_t i = 0; i < n; i++, weight += wide) {
         const float *value = s->values[i] + d;
+        __builtin_prefetch(coming + 16 * i, 0, 2);
 #pragma GCC unroll 8
         for (int j = 0; j < width; j++)
 #pragma GCC unroll 3
@@ -108,16 +144,46 @@ INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const int width, const i
         for (int v = 0; v < wide; v++) out[wide * j + v] = sums[j][v];
 }
 
+/* Item `row * kv_heads + head`: one query and KV head over its own slots. */
+INLINE void attend_own(const task *a, float *scores, int64_t item, int64_t then, const int64_t group, const int64_t dim,
+                       const int64_t value_dim) {
+    const int64_t row = item / a->kv_heads, head = item % a->kv_heads * group;
+    const int64_t line = row * a->heads + head, stride = a->stride;
+    const span keys = own_slots(a, a->keys, item, dim), values = own_slots(a, a->values, item, value_dim);
+    score_slots(scores, stride, a->query + row * a->query_line + head * dim, keys, values, group, a->scale, dim);
+    const float softcap = hide(scores, stride, keys, a->step->tree, row, group, a->softcap);
+    for (int64_t g = 0; g < group; g++) {
+        float *top = a->own_tops + 2 * (line + g);
+        *top = exponentials(scores + g * stride, keys.end - keys.begin, softcap, -INFINITY, top + 1);
+    }
+    sum_values(a->out + line * value_dim, scores, stride, values, own_slots(a, a->keys, then, dim), group, value_dim);
+}
+
+/* The own slots that come next, if any are left. Those behind them are known then, so that memory is on its way. */
+static void own_item(const task *a, scratch *s) {
+    const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
+    const int64_t item = s->own, all = a->step->rows * a->kv_heads;
+    if (item >= all) return;
+    s->own = take_own(a);
+    s->at = 0;
+    const int64_t then = s->own < all ? s->own : item;
+#define OWN(G, D, V) attend_own(a, s->own_scores, item, then, G, D, V)
+    if (dim == 64 && value_dim == 64 && group == 3) OWN(3, 64, 64);
+    else if (dim == 64 && value_dim == 64 && group == 4) OWN(4, 64, 64);
+    else if (dim == 128 && value_dim == 128 && group == 4) OWN(4, 128, 128);
+    else OWN(group, dim, value_dim);
+}
+
 /* One segment, KV head and lines from `first` on; a line is a member's query head. parts: [members, heads, value_dim + 2]. */
-INLINE void attend_lines(float *parts, const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
+INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
                          const int64_t value_dim, const int wide) {
-    const int64_t group = a->heads / a->kv_heads, left = g.count * group - first, width = 16 * wide;
+    const int64_t group = a->heads / a->kv_heads, left = g.count * group - first, width = LANES * wide;
     const int64_t lines = left < width ? left : width;
     memset(s->query, 0, dim * wide * sizeof(lanes));
     memset(s->out, 0, value_dim * wide * sizeof(lanes));
     for (int v = 0; v < wide; v++) s->sum[v] = (lanes){0}, s->top[v] = (lanes){0} - INFINITY;
     for (int64_t l = 0; l < lines; l++) {
-        const int64_t member = a->members[g.first + (first + l) / group], h = head * group + (first + l) % group;
+        const int64_t member = a->step->members[g.first + (first + l) / group], h = head * group + (first + l) % group;
         const float *query = a->query + member * a->query_line + h * dim;
         for (int64_t d = 0; d < dim; d++) ((float *)s->query)[d * width + l] = query[d] * a->scale;
     }
@@ -125,71 +191,55 @@ INLINE void attend_lines(float *parts, const task *a, scratch *s, segment g, int
     for (int64_t t = g.begin, n, next; t < g.end; t += CHUNK) {
         n = g.end - t < CHUNK ? g.end - t : CHUNK;
         find_slots(s->values, a, a->values, g.line, head, value_dim, t, n);
-        score_chunk(s, n, dim, wide);
-        weigh_chunk(s, n, a->softcap, value_dim, wide);
+        score_chunk(a, s, n, dim, wide);
+        weigh_chunk(s, n, a->softcap, wide);
         next = g.end - t - n < CHUNK ? g.end - t - n : CHUNK;
         if (next) find_slots(s->keys, a, a->keys, g.line, head, dim, t + n, next);
         int64_t d = 0;
         for (; d + KEYS <= value_dim; d += KEYS) { /* keys of the next chunk are on their way meanwhile */
             fetch_slots(s->keys + d * CHUNK / value_dim / KEYS * KEYS, dim);
-            add_chunk(s, n, d, KEYS, wide);
+            add_chunk(s, n, d, coming(a, s, 16 * n), KEYS, wide);
         }
-        for (; d < value_dim; d++) add_chunk(s, n, d, 1, wide);
+        for (; d < value_dim; d++) add_chunk(s, n, d, s->copy, 1, wide);
+        own_item(a, s);
     }
     for (int64_t l = 0; l < lines; l++) {
-        float *part = parts + ((g.first + (first + l) / group) * a->heads + head * group + (first + l) % group) * (value_dim + 2);
+        const int64_t line = (g.first + (first + l) / group) * a->heads + head * group + (first + l) % group;
+        float *part = a->partial + line * (value_dim + 2);
         for (int64_t d = 0; d < value_dim; d++) part[d] = ((float *)s->out)[d * width + l];
         part[value_dim] = ((float *)s->top)[l];
         part[value_dim + 1] = ((float *)s->sum)[l];
     }
 }
 
-INLINE void attend_segment(float *parts, const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
+INLINE void attend_segment(const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
                            const int64_t value_dim) {
     const int64_t left = g.count * (a->heads / a->kv_heads) - first;
-    if (left > 32) attend_lines(parts, a, s, g, head, first, dim, value_dim, 3);
-    else if (left > 16) attend_lines(parts, a, s, g, head, first, dim, value_dim, 2);
-    else attend_lines(parts, a, s, g, head, first, dim, value_dim, 1);
+    if (left > 2 * LANES) attend_lines(a, s, g, head, first, dim, value_dim, 3);
+    else if (left > LANES) attend_lines(a, s, g, head, first, dim, value_dim, 2);
+    else attend_lines(a, s, g, head, first, dim, value_dim, 1);
 }
 
-/* out: weighted values of one query head over its own slots, not normalised; merged with its parts. */
-INLINE void merge(float *out, const float *parts, const task *a, int64_t row, int64_t head, float top, float sum) {
-    const int64_t dim = a->value_dim, width = dim + 2, begin = a->part_start[row], end = a->part_start[row + 1];
-    float most = a->sinks && a->sinks[head] > top ? a->sinks[head] : top, all;
+/* Line `row * heads + head`: weighted values of its own slots, not normalised, are merged with its parts. */
+INLINE void merge(const task *a, int64_t line, const int64_t dim) {
+    const int64_t row = line / a->heads, head = line % a->heads, width = dim + 2;
+    const int64_t begin = a->step->part_start[row], end = a->step->part_start[row + 1];
+    const float top = a->own_tops[2 * line], sum = a->own_tops[2 * line + 1];
+    float *out = a->out + line * dim, most = a->sinks && a->sinks[head] > top ? a->sinks[head] : top;
     for (int64_t p = begin; p < end; p++) {
-        const float other = parts[(a->parts[p] * a->heads + head) * width + dim];
+        const float other = a->partial[(a->step->parts[p] * a->heads + head) * width + dim];
         most = other > most ? other : most;
     }
     const float own = expf(top - most);
-    all = sum * own + (a->sinks ? expf(a->sinks[head] - most) : 0);
+    float all = sum * own + (a->sinks ? expf(a->sinks[head] - most) : 0);
     for (int64_t d = 0; d < dim; d++) out[d] *= own;
     for (int64_t p = begin; p < end; p++) {
-        const float *part = parts + (a->parts[p] * a->heads + head) * width, weight = expf(part[dim] - most);
+        const float *part = a->partial + (a->step->parts[p] * a->heads + head) * width, weight = expf(part[dim] - most);
         all += part[dim + 1] * weight;
         for (int64_t d = 0; d < dim; d++) out[d] += part[d] * weight;
     }
-    for (int64_t d = 0; d < dim; d++) out[d] /= all;
-}
-
-INLINE span own_slots(const task *a, const float *pages, int64_t item, int64_t dim) {
-    const int64_t row = item / a->kv_heads;
-    return (span){pages, a->table + a->line_of[row] * a->table_width, a->own[row], a->context[row], item % a->kv_heads,
-                  a->kv_heads, a->page, dim};
-}
-
-/* Item `row * kv_heads + head`: one query and KV head over its own slots, merged with its parts. */
-INLINE void attend_own(float *out, float *scores, int64_t stride, const float *parts, const task *a, int64_t item, int64_t then,
-                       const int64_t group, const int64_t dim, const int64_t value_dim) {
-    const int64_t row = item / a->kv_heads, head = item % a->kv_heads * group;
-    const span keys = own_slots(a, a->keys, item, dim), values = own_slots(a, a->values, item, value_dim);
-    float sums[group], tops[group];
-    out += (row * a->heads + head) * value_dim;
-    score_slots(scores, stride, a->query + row * a->query_line + head * dim, keys, values, group, a->scale, dim);
-    const float softcap = hide(scores, stride, keys, a->tree, row, group, a->softcap);
-    for (int64_t g = 0; g < group; g++)
-        tops[g] = exponentials(scores + g * stride, keys.end - keys.begin, softcap, -INFINITY, sums + g);
-    sum_values(out, scores, stride, values, own_slots(a, a->keys, then, dim), group, value_dim);
-    for (int64_t g = 0; g < group; g++) merge(out + g * value_dim, parts, a, row, head + g, tops[g], sums[g]);
+    const float scale = 1 / all;
+    for (int64_t d = 0; d < dim; d++) out[d] *= scale;
 }
 
 #define BY_DIM(CALL) \
@@ -197,65 +247,67 @@ INLINE void attend_own(float *out, float *scores, int64_t stride, const float *p
     else if (dim == 128 && value_dim == 128) { CALL(128, 128); } \
     else { CALL(dim, value_dim); }
 
+/* Item `i` of the segments; items[n] of them lie before segment n. */
+static void segment_item(const task *a, scratch *s, const int64_t *items, int64_t i) {
+    int64_t at = 0;
+    while (items[at + 1] <= i) at++;
+    /* KV heads alternate, so that a thread tends to read the same slots for its next lines. */
+    const int64_t within = i - items[at], head = within % a->kv_heads, first = within / a->kv_heads * LINES;
+    const int64_t dim = a->dim, value_dim = a->value_dim;
+#define SEGMENT(D, V) attend_segment(a, s, a->step->segments[at], head, first, D, V)
+    BY_DIM(SEGMENT)
+}
+
+/* One thread's part: segments, with rows' own slots after each chunk, and what is left of these. */
+static int work(const task *a, const int64_t *items) {
+    const int64_t lines = LINES * sizeof(float), all = a->step->rows * a->kv_heads;
+    const size_t floats = KEYS * a->dim + a->heads / a->kv_heads * a->stride;
+    scratch s;
+    char *memory = aligned_alloc(64, (lines * (a->dim + a->value_dim + CHUNK) + sizeof(float) * floats + 63) / 64 * 64);
+    if (!memory) return 1;
+    s.query = (lanes *)memory;
+    s.out = (lanes *)(memory + lines * a->dim);
+    s.scores = (lanes *)(memory + lines * (a->dim + a->value_dim));
+    s.copy = (float *)(memory + lines * (a->dim + a->value_dim + CHUNK));
+    s.own_scores = s.copy + KEYS * a->dim;
+    s.own = take_own(a);
+    s.at = 0;
+    for (int64_t i; (i = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED)) < items[a->step->num_segments];)
+        segment_item(a, &s, items, i);
+    while (s.own < all) own_item(a, &s);
+    free(memory);
+    return 0;
+}
+
 /* query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]. Query r sees slots [own[r],
  * context[r]) of line line_of[r] of table, and those of the segments that it is a member of: its places among the members
  * are parts[part_start[r], part_start[r + 1]); visible and base as in `tree`. Returns 0, or 1 where memory ran out. */
 int grouped_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values,
-                      const int64_t *table, int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows,
-                      int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page, float scale,
-                      float softcap, const float *sinks, const int64_t *own, const segment *segments, int64_t num_segments,
-                      const int64_t *members, int64_t num_members, const int64_t *part_start, const int64_t *parts,
-                      const int64_t *visible, const int64_t *base) {
-    const task a = {query, keys, values, sinks, table, line_of, context, own, members, part_start, parts, segments, {visible, base},
-                    query_line, table_width, heads, kv_heads, dim, value_dim, page, scale, softcap};
-    const int64_t group = heads / kv_heads;
-    float *partial = malloc(sizeof(float) * (size_t)(num_members * heads * (value_dim + 2)));
-    int64_t *items = malloc(sizeof(int64_t) * (size_t)(num_segments + 1)), taken = 0, taken_own = 0, longest = 0;
+                      const step *step, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page, float scale, float softcap,
+                      const float *sinks) {
+    const int64_t group = heads / kv_heads, lines = step->rows * heads, parts = step->num_members * heads * (value_dim + 2);
+    float *partial = malloc(sizeof(float) * (size_t)(parts + 2 * lines));
+    int64_t *items = malloc(sizeof(int64_t) * (size_t)(step->num_segments + 1)), taken[2] = {0}, longest = 0;
     int failed = !partial || !items;
     if (!failed) items[0] = 0;
-    for (int64_t i = 0; i < num_segments && !failed; i++)
-        items[i + 1] = items[i] + kv_heads * ((segments[i].count * group + 16 * WIDE - 1) / (16 * WIDE));
-    for (int64_t r = 0; r < rows; r++) longest = context[r] - own[r] > longest ? context[r] - own[r] : longest;
-    const int64_t stride = (longest + 31) / 16 * 16;
+    for (int64_t i = 0; i < step->num_segments && !failed; i++)
+        items[i + 1] = items[i] + kv_heads * ((step->segments[i].count * group + LINES - 1) / LINES);
+    for (int64_t r = 0, own; r < step->rows; r++) {
+        own = step->context[r] - step->own[r];
+        longest = own > longest ? own : longest;
+    }
+    const task a = {step, query, keys, values, sinks, query_line, heads, kv_heads, dim, value_dim, page, scale, softcap,
+                    (longest + 31) / 16 * 16, taken, out, partial, partial + parts};
+    if (!failed) {
 #pragma omp parallel
-    {
-        scratch s;
-        const size_t wide = 16 * WIDE * sizeof(float), own_floats = (size_t)(group * stride);
-        char *memory = aligned_alloc(64, (wide * (dim + value_dim + CHUNK) + sizeof(float) * (KEYS * dim + own_floats) + 63) / 64 * 64);
-        if (!memory) failed = 1;
-        s.query = (lanes *)memory;
-        s.out = (lanes *)(memory + wide * dim);
-        s.scores = (lanes *)(memory + wide * (dim + value_dim));
-        s.copy = (float *)(memory + wide * (dim + value_dim + CHUNK));
-        float *scores = s.copy + KEYS * dim;
+        {
+            if (work(&a, items)) failed = 1;
 #pragma omp barrier
-        if (!failed) {
-            for (int64_t at = 0;;) {
-                int64_t item;
-#pragma omp atomic capture
-                item = taken++;
-                if (item >= items[num_segments]) break;
-                while (items[at + 1] <= item) at++;
-                const int64_t within = item - items[at], blocks = (items[at + 1] - items[at]) / kv_heads;
-#define SEGMENT(D, V) attend_segment(partial, &a, &s, segments[at], within / blocks, within % blocks * 16 * WIDE, D, V)
-                BY_DIM(SEGMENT)
+            if (!failed) {
+#pragma omp for schedule(static) nowait
+                for (int64_t line = 0; line < lines; line++) merge(&a, line, value_dim);
             }
         }
-#pragma omp barrier
-        int64_t item, after;
-#pragma omp atomic capture
-        item = taken_own++;
-        for (; !failed && item < rows * kv_heads; item = after) { /* the next item is known, so that memory is on its way */
-#pragma omp atomic capture
-            after = taken_own++;
-            const int64_t then = after < rows * kv_heads ? after : item;
-#define OWN(G, D, V) attend_own(out, scores, stride, partial, &a, item, then, G, D, V)
-            if (dim == 64 && value_dim == 64 && group == 3) OWN(3, 64, 64);
-            else if (dim == 64 && value_dim == 64 && group == 4) OWN(4, 64, 64);
-            else if (dim == 128 && value_dim == 128 && group == 4) OWN(4, 128, 128);
-            else OWN(group, dim, value_dim);
-        }
-        free(memory);
     }
     free(partial);
     free(items);

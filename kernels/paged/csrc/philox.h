@@ -2,12 +2,13 @@
  * (token / 4, position, 0, 0) under the key (low, high half of the seed) gives a token its 32 bits. */
 #pragma once
 #include "lanes.h"
+#include <string.h>
 
 typedef uint64_t longs __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 
 /* The words of tokens [4 * first, 4 * first + 32): those of eight counters. */
-INLINE void philox32(words out[2], uint64_t first, uint64_t seed, uint64_t position) {
+INLINE void philox32(uint32_t out[32], uint64_t first, uint64_t seed, uint64_t position) {
     const longs low = (longs){0} + 0xFFFFFFFFu;
     longs a = ((longs){0, 1, 2, 3, 4, 5, 6, 7} + first) & low, b = (longs){0} + (position & 0xFFFFFFFFu), c = {0}, d = {0};
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -19,14 +20,16 @@ INLINE void philox32(words out[2], uint64_t first, uint64_t seed, uint64_t posit
         d = x & low;
     }
     a |= b << 32, c |= d << 32;
-    out[0] = (words)__builtin_shufflevector(a, c, 0, 8, 1, 9, 2, 10, 3, 11);
-    out[1] = (words)__builtin_shufflevector(a, c, 4, 12, 5, 13, 6, 14, 7, 15);
+    const longs low_half = __builtin_shufflevector(a, c, 0, 8, 1, 9, 2, 10, 3, 11);
+    const longs high_half = __builtin_shufflevector(a, c, 4, 12, 5, 13, 6, 14, 7, 15);
+    memcpy(out, &low_half, 64);
+    memcpy(out + 16, &high_half, 64);
 }
 
 INLINE uint32_t philox_word(int64_t token, uint64_t seed, uint64_t position) {
-    words found[2];
-    philox32(found, token >> 2, seed, position);
-    return found[0][token & 3];
+    uint32_t words[32];
+    philox32(words, token >> 2, seed, position);
+    return words[token & 3];
 }
 
 /* Standard Gumbel noise, between -3.2 and 22.9. */

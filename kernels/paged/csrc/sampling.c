@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef double doubles __attribute__((vector_size(128)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 
 enum { BUCKETS = 1024, CANDIDATES = 64 };
 static const float PER_NAT = 64;              /* buckets a nat: they reach 16 nats below the largest score */
@@ -36,8 +36,9 @@ typedef struct {
 INLINE int64_t padded(int64_t vocab) { return (vocab + 31) / 32 * 32; }
 
 INLINE int any(ints mask) {
-    const longs x = (longs)mask, y = x | __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-    return (y[0] | y[1] | y[2] | y[3]) != 0;
+    int found = 0;
+    for (int i = 0; i < LANES; i++) found |= mask[i];
+    return found;
 }
 
 /* Larger scores first; of equal ones the higher id, which transformers' sort takes for more probable. */
@@ -55,7 +56,7 @@ INLINE int64_t bucket_of(float top, float score) {
 INLINE int kept(cut c, float score, int64_t id) { return score > c.score || (score == c.score && id >= c.id); }
 
 /* Scores, none of them NaN, that are not below a cut, and not -infinity. */
-INLINE ints from(cut c, lanes x) { return ~above((lanes){0} + c.score, x) & above(x, (lanes){0} - INFINITY); }
+INLINE ints from(cut c, lanes x) { return (x >= c.score) & (x > -INFINITY); }
 
 static cut narrower(cut a, cut b) {
     if (a.score != b.score) return a.score > b.score ? a : b;
@@ -87,15 +88,15 @@ static cut nth(scratch *s, int64_t vocab, float top, int64_t n) {
 /* Probabilities of what `within` keeps, and 0 of all else. */
 static void softmax(scratch *s, int64_t vocab, float top, cut within) {
     doubles sums = {0};
-    for (int64_t i = 0; i < vocab; i += 16) { /* scratch is padded by scores of -infinity */
+    for (int64_t i = 0; i < vocab; i += LANES) { /* scratch is padded by scores of -infinity */
         const lanes x = *(lanes *)(s->scores + i), e = exp_of_negative(x - top);
         const lanes p = choose(from(within, x), e, (lanes){0});
         *(lanes *)(s->probs + i) = p;
         sums += __builtin_convertvector(p, doubles);
     }
     double sum = 0;
-    for (int i = 0; i < 16; i++) sum += sums[i];
-    for (int64_t i = 0; i < vocab; i += 16) *(lanes *)(s->probs + i) /= (float)sum;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    for (int64_t i = 0; i < vocab; i += LANES) *(lanes *)(s->probs + i) /= (float)sum;
 }
 
 INLINE int gone(int64_t before, int64_t total, float limit) { return (float)((double)(total - before) / UNIT) <= limit; }
@@ -126,20 +127,17 @@ static cut not_below(const scratch *s, int64_t vocab, float least) {
 
 /* Scores over the temperature into scratch; returns the largest, or NaN where there is one. */
 static float warm(scratch *s, const float *scores, int64_t vocab, float temperature) {
-    const lanes low = (lanes){0} - 1, high = (lanes){0} + 1; /* NaN is neither above the one nor below the other */
     lanes tops = (lanes){0} - INFINITY;
     ints wrong = {0};
     memcpy(s->scores, scores, sizeof(float) * vocab);
     for (int64_t i = vocab; i < padded(vocab); i++) s->scores[i] = -INFINITY;
-    for (int64_t i = 0; i < vocab; i += 16) {
+    for (int64_t i = 0; i < vocab; i += LANES) {
         lanes x = *(lanes *)(s->scores + i);
         if (temperature != 1.0f) *(lanes *)(s->scores + i) = x = x / temperature;
-        wrong |= ~(above(x, low) | above(high, x));
+        wrong |= x != x;
         tops = larger(x, tops);
     }
-    for (int i = 0; i < 16; i++)
-        if (wrong[i]) return NAN;
-    return largest(tops);
+    return any(wrong) ? NAN : largest(tops);
 }
 
 /* What top_k, then top_p, then min_p keep. Probabilities are left in scratch where one of the last two is on. */
@@ -164,18 +162,20 @@ static int64_t largest_noisy(const scratch *s, int64_t vocab, cut c, int64_t see
     double best = -INFINITY;
     float least = -INFINITY; /* a bound on score + noise below it, rounding included, cannot be the best */
     for (int64_t block = 0; block < vocab; block += 32) {
-        const lanes *x = (const lanes *)(s->scores + block);
-        const ints in[2] = {from(c, x[0]), from(c, x[1])};
-        if (!any(in[0] | in[1])) continue;
-        words w[2];
-        philox32(w, block / 4, seed, position);
-        for (int half = 0; half < 2; half++) {
-            const ints may = in[half] & above(x[half] + most_noise(w[half]), (lanes){0} + least);
+        const float *scores = s->scores + block;
+        ints in = {0};
+        for (int i = 0; i < 32; i += LANES) in |= from(c, *(lanes *)(scores + i));
+        if (!any(in)) continue;
+        uint32_t word[32];
+        philox32(word, block / 4, seed, position);
+        for (int i = 0; i < 32; i += LANES) {
+            const lanes x = *(lanes *)(scores + i);
+            const ints may = from(c, x) & (x + most_noise(*(words *)(word + i)) > least);
             if (!any(may)) continue;
-            for (int64_t i = 0, id = block + 16 * half; i < 16; i++, id++) {
-                if (!may[i] || !kept(c, s->scores[id], id)) continue;
-                const double value = gumbel_of(w[half][i]) + (double)s->scores[id];
-                if (value > best) best = value, chosen = id, least = best - 1e-6 * fabs(best) - 1e-4;
+            for (int j = i; j < i + LANES; j++) {
+                if (!may[j - i] || !kept(c, scores[j], block + j)) continue;
+                const double value = gumbel_of(word[j]) + (double)scores[j];
+                if (value > best) best = value, chosen = block + j, least = best - 1e-6 * fabs(best) - 1e-4;
             }
         }
     }
