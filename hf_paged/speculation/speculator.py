@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from hf_paged.plan import PlanRow
@@ -154,9 +154,15 @@ class Speculator:
             found.append(lookup(state.ngrams, row.tokens, depth))
         if method in ("suffix", "auto") and self.suffixes is not None:
             if state.text is None:
-                state.text = self.suffixes.open(row.tokens, row.salt if row.shared else row)
+                state.text = self.suffixes.open(row.tokens, self._reader(row))
             found.append(self.suffixes.propose(state.text, depth, self.config.tree_width))
         return found
+
+    @staticmethod
+    def _reader(row: Row) -> Hashable:
+        """Who may see a row's text: rows of the same salt, or the row alone where its request shares nothing. (Whether the
+        engine shares KV does not matter.)"""
+        return row if row.request.params.prefix_caching is False else row.salt
 
     def _with_odds(self, planned: PlanRow, proposal: Proposal) -> Proposal:
         """The same with the odds that were seen."""

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_paged.integrations.elementwise import elementwise_backend
-from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, linear_backend
+from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
 from hf_paged.kernels import paged_attention
+from hf_paged.kernels.native_products import FEW
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
@@ -97,6 +98,7 @@ class LeanForward:
         self.scale = body.layers[0].self_attn.scaling
         self.head_dim = body.layers[0].self_attn.head_dim
         self.plain = self.ops = linear_backend(self.embed.weight)
+        self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
         self.computed = 0  # tokens, since the weights were looked at last
 
@@ -121,8 +123,7 @@ class LeanForward:
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
         self._choose_weights(plan.tokens)
-        # oneDNN keeps a compiled product for every number of lines: rounded up, they are few.
-        spare = _spare(plan.tokens)
+        ops, spare = self._products(plan.tokens)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
         slots = F.pad(plan.rows.slots, (0, spare))  # slot 0 lies on the page that takes what goes nowhere
         hidden = F.embedding(token_ids, self.embed.weight)
@@ -130,15 +131,23 @@ class LeanForward:
         rotation = self.between.rotation(cos[0], sin[0])
         last, wanted = len(self.layers) - 1, len(plan.logits_at)
         for index, layer in enumerate(self.layers):
-            mixed = F.pad(self._attention(index, layer, hidden, rotation, slots, plan), (0, 0, 0, spare))
+            mixed = F.pad(self._attention(index, layer, ops, hidden, rotation, slots, plan), (0, 0, 0, spare))
             if index == last and wanted < plan.tokens:
                 # Nothing reads the other tokens any more: their KV is stored.
-                at = F.pad(plan.logits_at, (0, _spare(wanted)))
+                ops, spare = self._products(wanted)
+                at = F.pad(plan.logits_at, (0, spare))
                 hidden, mixed = hidden[at], mixed[at]
-            hidden = self.ops.add(mixed, layer.attention.o_proj, hidden)
+            hidden = ops.add(mixed, layer.attention.o_proj, hidden)
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
-            hidden = self.ops.add(self.ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
-        return self.ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted].float()
+            hidden = ops.add(ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
+        return ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted].float()
+
+    def _products(self, lines: int) -> tuple[TorchLinear, int]:
+        """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are
+        rounded up to few numbers."""
+        if self.few is not None and lines <= FEW:
+            return self.few, 0
+        return self.ops, _spare(lines)
 
     def keep(self, other: LeanForward) -> None:
         """Take over the copies of weights that `other` made, if they are still good."""
@@ -173,11 +182,13 @@ class LeanForward:
             single += [part for layer in self.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)]
         return PackedLinear(single, blocks, ops)  # the head is read as it is: a copy gains little
 
-    def _attention(self, index: int, layer: Layer, hidden, rotation, slots, plan: StepPlan) -> torch.Tensor:
+    def _attention(
+        self, index: int, layer: Layer, ops: TorchLinear, hidden, rotation, slots, plan: StepPlan
+    ) -> torch.Tensor:
         """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
         normed = self.between.rms_norm(hidden, layer.norm)
-        query, key, value = (part.view(tokens, -1, dim) for part in self.ops.heads(normed, attention))
+        query, key, value = (part.view(tokens, -1, dim) for part in ops.heads(normed, attention))
         if "q_norm" in attention._modules:
             query = self.between.rms_norm(query, attention.q_norm)
             key = self.between.rms_norm(key, attention.k_norm)
@@ -192,7 +203,7 @@ class LeanForward:
 def _spare(lines: int) -> int:
     """Lines to add to a product of so many: up to a multiple of 4, 24 or 32, whichever costs little.
 
-    oneDNN keeps code for every number of lines: multiples of 24 take several MB less than those of 16.
+    Code for multiples of 24 takes several MB less than for those of 16.
     """
     return 0 if lines <= 1 else -lines % (4 if lines <= 16 else 24 if lines <= 144 else 32)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_paged.kernels.native import NativeOps
+from hf_paged.kernels.native_products import ProductOps, product_ops
 
 
 class TorchLinear:
@@ -65,6 +66,33 @@ class OneDnnLinear(TorchLinear):
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
         return self._binary(x, other, self.weight(layer), layer._parameters["bias"], "add")
+
+
+class FewLinear(TorchLinear):
+    """The same for a few lines, by compiled ops over weights where they lie: four lines cost what one does.
+
+    A line's products do not depend on how many lines there are.
+    """
+
+    def __init__(self, ops: ProductOps) -> None:
+        self._ops = ops
+
+    def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        return self._ops.linear(x, _parameters(layer))
+
+    def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
+        parts = [_parameters(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        return self._ops.linear(x, *parts).split([weight.shape[0] for weight, _ in parts], -1)
+
+    def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
+        return self._ops.gated(x, _parameters(mlp.gate_proj), _parameters(mlp.up_proj))
+
+    def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
+        return self._ops.linear(x, _parameters(layer), add=other)
+
+
+def _parameters(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer._parameters["weight"], layer._parameters["bias"]
 
 
 # Layers of one block that read the same input, in the order in which their outputs are wanted.
@@ -145,6 +173,13 @@ def linear_backend(weight: torch.Tensor) -> TorchLinear:
     """oneDNN for float32 on a CPU where torch has it and it gives the right numbers, else torch."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
     return OneDnnLinear() if fits and _onednn_is_right() else TorchLinear()
+
+
+def few_backend(weight: torch.Tensor, backend: str) -> FewLinear | None:
+    """Compiled products of a few lines, where they serve weights like this one and `backend` is not `torch`."""
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and backend != "torch"
+    ops = product_ops() if fits else None
+    return None if ops is None else FewLinear(ops)
 
 
 @lru_cache(maxsize=1)

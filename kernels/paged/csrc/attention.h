@@ -4,19 +4,6 @@
 
 enum { FITTING = REGISTERS == 32 ? 16 : 12 }; /* sums that registers hold, beside what is added to them */
 
-/* Lanes of a where `lane & bit` is 0, else of b, each plus the lane of its partner across `bit`. */
-#define FOLD(a, b, bit) (PICK(a, b, 0, bit) + PICK(a, b, bit, bit))
-#define PICK(a, b, flip, bit) __builtin_shufflevector(a, b, PLACES(flip, bit))
-#define AT(lane, flip, bit) (((lane) ^ (flip)) + ((lane) & (bit) ? LANES : 0))
-#define FOUR(n, flip, bit) AT(n, flip, bit), AT(n + 1, flip, bit), AT(n + 2, flip, bit), AT(n + 3, flip, bit)
-#if LANES == 16
-#define PLACES(flip, bit) FOUR(0, flip, bit), FOUR(4, flip, bit), FOUR(8, flip, bit), FOUR(12, flip, bit)
-#elif LANES == 8
-#define PLACES(flip, bit) FOUR(0, flip, bit), FOUR(4, flip, bit)
-#else
-#define PLACES(flip, bit) FOUR(0, flip, bit)
-#endif
-
 /* Products of a query with LANES keys that lie one after another: lane i is that of key i. */
 INLINE lanes dot_keys(const float *query, const float *keys, const int64_t dim) {
     lanes part[LANES];
@@ -25,15 +12,7 @@ INLINE lanes dot_keys(const float *query, const float *keys, const int64_t dim) 
         for (int64_t i = LANES; i < dim; i += LANES)
             part[j] += *(const lanes *)(query + i) * *(const lanes *)(keys + j * dim + i);
     }
-    for (int64_t j = 0; j < LANES; j += 2) part[j] = FOLD(part[j], part[j + 1], 1);
-    for (int64_t j = 0; j < LANES; j += 4) part[j] = FOLD(part[j], part[j + 2], 2);
-#if LANES > 4
-    for (int64_t j = 0; j < LANES; j += 8) part[j] = FOLD(part[j], part[j + 4], 4);
-#endif
-#if LANES > 8
-    part[0] = FOLD(part[0], part[8], 8);
-#endif
-    return part[0];
+    return totals(part);
 }
 
 /* Slots [begin, end) of one row and KV head. */

@@ -52,6 +52,32 @@ INLINE float largest(lanes x) {
     return top;
 }
 
+/* Lanes of a where `lane & bit` is 0, else of b, each plus the lane of its partner across `bit`. */
+#define FOLD(a, b, bit) (PICK(a, b, 0, bit) + PICK(a, b, bit, bit))
+#define PICK(a, b, flip, bit) __builtin_shufflevector(a, b, PLACES(flip, bit))
+#define AT(lane, flip, bit) (((lane) ^ (flip)) + ((lane) & (bit) ? LANES : 0))
+#define FOUR(n, flip, bit) AT(n, flip, bit), AT(n + 1, flip, bit), AT(n + 2, flip, bit), AT(n + 3, flip, bit)
+#if LANES == 16
+#define PLACES(flip, bit) FOUR(0, flip, bit), FOUR(4, flip, bit), FOUR(8, flip, bit), FOUR(12, flip, bit)
+#elif LANES == 8
+#define PLACES(flip, bit) FOUR(0, flip, bit), FOUR(4, flip, bit)
+#else
+#define PLACES(flip, bit) FOUR(0, flip, bit)
+#endif
+
+/* Lane i: the total of part[i], of LANES parts, which are lost. */
+INLINE lanes totals(lanes *part) {
+    for (int64_t j = 0; j < LANES; j += 2) part[j] = FOLD(part[j], part[j + 1], 1);
+    for (int64_t j = 0; j < LANES; j += 4) part[j] = FOLD(part[j], part[j + 2], 2);
+#if LANES > 4
+    for (int64_t j = 0; j < LANES; j += 8) part[j] = FOLD(part[j], part[j + 4], 4);
+#endif
+#if LANES > 8
+    part[0] = FOLD(part[0], part[8], 8);
+#endif
+    return part[0];
+}
+
 /* e^x for x <= 0, to 2e-7 of it. The polynomial of degree 5 is the nearest to e^r on |r| <= ln(2) / 2 that is 1 at 0. */
 INLINE lanes exp_of_negative(lanes x) {
     x = larger((lanes){0} - 87.0f, x); /* not a number stays so: it comes second */
