@@ -12,8 +12,9 @@ from hf_paged.text import Decode, IncrementalText
 
 WINDOW = 40  # characters before new text that are encoded with it: tokens further back do not depend on it
 CONTEXT = 8  # tokens before drafts that are decoded with them
-HELD = 8  # tokens that an unfinished character may have
-UNFINISHED = "\ufffd"  # what stands for it
+UNFINISHED = "\ufffd"  # stands for a character that is not finished
+UNREAD = 4  # bytes of a character: so many tokens may be without a text of their own
+HELD = 8  # more tokens without a text: it will not come any more
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Mirror:
             ValueError: the draft's tokenizer gives an id that its model does not know.
         """
         keep, rest = self.length, []
-        added = self.told.update(tokens, final=len(tokens) - self.told.read > HELD)
+        added = self._read(tokens)
         if added or not self.length:
             keep, rest = self._retell(len(added))
         if rest and max(rest) >= self.draft.size:
@@ -75,6 +76,14 @@ class Mirror:
         memory.rollback(sequence, max(min(sequence.computed, keep + same, length - 1), 0))
         sequence.tokens[keep + same :] = rest[same:]
         self.length, self.tokens = length, len(tokens)
+
+    def _read(self, tokens: list[int]) -> str:
+        """What the row's text has more than before, without a last character that is not finished."""
+        end = len(tokens)
+        for cut in range(min(UNREAD, end - self.told.read)):
+            if added := self.told.update(tokens[: end - cut]):
+                return added
+        return self.told.update(tokens, final=end - self.told.read > HELD)
 
     def _retell(self, added: int) -> tuple[int, list[int]]:
         """How many tokens stay as the text grows by its last `added` characters, and those behind them."""
