@@ -14,7 +14,7 @@ from hf_paged.request import Row
 from hf_paged.sequence import Sequence
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import CostTable
-from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.guide import Overhead
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
@@ -38,13 +38,13 @@ class Drafting:
         self.memory, self.store = memory, store
         self.cost, self.overhead = CostTable(), Overhead()
         self.suffixes: SuffixIndex | None = None
-        self.speculators: dict[tuple[SpeculationConfig, DraftModel | None], Speculator] = {}
-        self.drafters: list[DraftModel] = []
+        self.speculators: dict[tuple[SpeculationConfig, Drafter | None], Speculator] = {}
+        self.drafters: list[Drafter] = []
         self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
         self._plain = False  # whether the latest step held no prompt
         self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
 
-    def speculator(self, config: SpeculationConfig, drafter: DraftModel | None = None) -> Speculator | None:
+    def speculator(self, config: SpeculationConfig, drafter: Drafter | None = None) -> Speculator | None:
         """The speculator of these settings; None where nothing is to be drafted."""
         if config.off:
             return None
@@ -59,9 +59,10 @@ class Drafting:
                 self.memory.pool.taken = self._taken
         return known
 
-    def drop(self, drafter: DraftModel) -> None:
+    def drop(self, drafter: Drafter) -> None:
         """Nothing is drafted by `drafter` any more; its KV is freed."""
-        self.drafters.remove(drafter)
+        if drafter in self.drafters:
+            self.drafters.remove(drafter)
         self.speculators = {key: known for key, known in self.speculators.items() if key[1] is not drafter}
 
     def _taken(self, pages: list[int]) -> None:
@@ -78,6 +79,20 @@ class Drafting:
         """The model is not what it was."""
         for drafter in self.drafters:
             drafter.forget()
+
+    def tidy(self) -> None:
+        """Rows may have ended or wait: nothing is kept of them."""
+        for drafter in self.drafters:
+            drafter.tidy(self.memory.sequences)
+
+    def check(self) -> None:
+        """Verify the laws of drafters' own memory.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        for drafter in self.drafters:
+            drafter.check(self.memory.sequences)
 
     # -- before the forward
 
@@ -141,6 +156,7 @@ class Drafting:
 
     def stepped(self, seconds: float, tokens: int) -> None:
         """Note what the step took in all, and how many tokens it gave."""
+        self.tidy()
         for speculator in self.speculators.values():
             speculator.trial.note(tokens, seconds if self._plain else 0.0)
         if self.speculators and self._plain:

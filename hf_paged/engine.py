@@ -150,6 +150,7 @@ class EngineCore:
         if request is None:
             return False
         self.roster.end(request, "cancelled")
+        self.drafting.tidy()
         return True
 
     def step(self) -> StepResult:
@@ -170,6 +171,7 @@ class EngineCore:
                 self._conclude(work, drafts, logits, result)
         except BaseException:
             self.roster.recover(self.settings.max_sequences)
+            self.drafting.tidy()
             raise
         result.finished = self.roster.collect()
         seconds = time.perf_counter() - begun
@@ -213,6 +215,7 @@ class EngineCore:
     def check(self) -> None:
         """Verify the laws of memory, and that every sequence belongs to a running row."""
         self.roster.check()
+        self.drafting.check()
 
     # -- parts of a step
 

@@ -22,6 +22,11 @@ class IncrementalText:
         self._start = self._read = 0
         self.text = ""
 
+    @property
+    def read(self) -> int:
+        """Tokens, from the first, whose text was given out."""
+        return self._read
+
     def update(self, token_ids: Sequence[int], final: bool = False) -> str:
         """Take in what `token_ids` has more than at the last call.
 

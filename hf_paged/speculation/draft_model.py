@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_paged.memory import PageCopy
-from hf_paged.plan import PlanRow, Span, StepPlan, build_plan
+from hf_paged.plan import PlanRow, Span, StepPlan
 from hf_paged.sequence import Sequence
 from hf_paged.speculation.choose import choose
-from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.drafter import Drafter, kind_of
 from hf_paged.speculation.guide import Guide
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict, tree_places
 from hf_paged.store import KVStore
-
-logger = logging.getLogger("hf_paged")
-KINDS = 12  # a draft's probability, in so many steps
 
 
 @dataclass(eq=False)
@@ -49,17 +44,16 @@ class Tree:
         return path[::-1]
 
 
-class DraftModel:
+class DraftModel(Drafter):
     """Drafts by a causal model with the target's vocabulary, or by the target's own first layers.
 
     A batch of drafts is one forward a depth. What was drafted and taken is known to the draft model already; what was
     not is computed anew with the row's next tokens, in the same forward.
 
     Args:
-        forward: plan → logits `[n, vocab]`; stores KV of the plan's tokens in `store`.
-        store: the draft model's KV. None: the target's own forward stores it (layer skip).
         num_pages, page_size: of the target's pool.
-        most: tokens of one forward.
+        store: None: the target's own forward stores KV (layer skip).
+        settings: see `Drafter`.
     """
 
     def __init__(
@@ -68,15 +62,9 @@ class DraftModel:
         store: KVStore | None,
         num_pages: int,
         page_size: int,
-        *,
-        name: str = "draft",
-        device: torch.device | str = "cpu",
-        backend: str = "auto",
-        most: int = 512,
+        **settings: Any,
     ) -> None:
-        self.forward, self.store, self.page_size, self.name = forward, store, page_size, name
-        self.device, self.backend, self.most = device, backend, most
-        self.cost, self.seconds, self.failed = CostTable(), 0.0, False
+        super().__init__(forward, store, page_size, **settings)
         self._trees: dict[Sequence, Tree] = {}  # of the latest step
         self._filled = np.zeros(num_pages + 1, np.int32)  # slots of each page that hold KV of the tokens there
 
@@ -115,26 +103,18 @@ class DraftModel:
 
     # -- drafts
 
-    def propose(
+    def _draft(
         self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
     ) -> list[Proposal | None]:
-        """Drafts for each row, at most `deepest` deep. An error of the model's is logged, and nothing more is drafted.
-
-        Args:
-            reserve: makes slots for so many drafts of a row writable, or says that it cannot.
-        """
         trees = [Tree(planned, depth) for planned, depth in zip(rows, deepest, strict=True)]
         self._trees = {tree.planned.sequence: tree for tree in trees}
-        try:
-            self._grow(trees, guide, reserve)
-        except Exception as error:
-            logger.warning("%s failed: nothing more is drafted by it (%s: %s)", self.name, type(error).__name__, error)
-            self.failed = True
-            self.forget()
-            if self.store is not None:
-                self.store.scrub(sorted({page for planned in rows for page in planned.sequence.pages}))
-            return [None] * len(rows)
+        self._grow(trees, guide, reserve)
         return [self._proposal(tree) if tree.tokens else None for tree in trees]
+
+    def _give_up(self, rows: Rows[PlanRow]) -> None:
+        super()._give_up(rows)
+        if self.store is not None:
+            self.store.scrub(sorted({page for planned in rows for page in planned.sequence.pages}))
 
     def _proposal(self, tree: Tree) -> Proposal:
         parts = (tree.tokens, tree.parents, tree.kinds, tree.odds)
@@ -146,7 +126,7 @@ class DraftModel:
             return
         known = [self.known(tree.planned) for tree in trees]
         lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
-        with self._timed(lag, guide):
+        with self._timed(guide, lag):
             self._extend(trees, self._catch_up(trees, known), guide, 1)
         for depth in range(2, deepest + 1):
             growing = [tree for tree in trees if tree.frontier and depth <= tree.deepest]
@@ -154,19 +134,8 @@ class DraftModel:
             reaches = [tree.reach[node] for tree in growing for node in tree.frontier]
             if not guide.goes_on(depth, reaches, len(reaches), deepest):
                 return
-            with self._timed(len(reaches), guide):
+            with self._timed(guide, len(reaches)):
                 self._extend(growing, self._compute(growing), guide, depth)
-
-    @contextmanager
-    def _timed(self, tokens: int, guide: Guide) -> Iterator[None]:
-        """Note what drafting took, over so many tokens of the draft model."""
-        begun = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begun
-        self.cost.note(tokens, seconds)
-        self.seconds += seconds
-        if guide.ledger is not None:
-            guide.ledger.spent += seconds
 
     def _catch_up(self, trees: list[Tree], known: list[int]) -> torch.Tensor:
         """Logits behind the last token of each row; what the model has not seen of it yet is computed."""
@@ -178,17 +147,10 @@ class DraftModel:
                 self._run([self._row(tree, begin, begin + self.most, 0)])
                 begin += self.most
             rows.append(self._row(tree, begin, end, 1))
-        parts, waiting, total = [], [], 0
-        for row in [*rows, None]:
-            if waiting and (row is None or total + row.count > self.most):
-                parts.append(self._run(waiting))
-                waiting, total = [], 0
-            if row is not None:
-                waiting.append(row)
-                total += row.count
+        logits = self._run_in_parts(rows)
         for tree, begin in zip(trees, known, strict=True):
             self._mark(tree.planned, begin, tree.planned.sequence.computed + 1)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return logits
 
     def _row(self, tree: Tree, begin: int, end: int, logits: int) -> PlanRow:
         tokens = tree.planned.sequence.tokens[begin:end]
@@ -208,20 +170,6 @@ class DraftModel:
             tree.fed = first + count
         return self._run(rows)
 
-    def _run(self, rows: list[PlanRow]) -> torch.Tensor:
-        """One forward; logits in the order of `rows`."""
-        order = sorted(range(len(rows)), key=lambda i: rows[i].count > 1 or rows[i].branches)
-        plan = build_plan([rows[i] for i in order], self.page_size, self.device, self.backend)
-        logits = self.forward(plan)
-        if order == list(range(len(rows))) or not len(logits):
-            return logits
-        starts, at = {}, 0
-        for i in order:
-            starts[i] = at
-            at += rows[i].logits
-        index = [starts[i] + j for i in range(len(rows)) for j in range(rows[i].logits)]
-        return logits[torch.tensor(index, device=logits.device)]
-
     def _extend(self, trees: list[Tree], logits: torch.Tensor, guide: Guide, depth: int) -> None:
         """Add children to every node of every frontier; the best of them are the next frontier."""
         nodes = [(tree, node) for tree in trees for node in tree.frontier]
@@ -236,7 +184,7 @@ class DraftModel:
                     if isnan(prob):
                         raise FloatingPointError("the draft model's logits hold NaN")
                     if prob >= guide.threshold:
-                        kind = min(int(prob * KINDS), KINDS - 1)
+                        kind = kind_of(prob)
                         odds = guide.odds(tree.planned, kind, depth, prob)
                         grown.append((reach * odds, node, token, kind, odds))
                 at += 1

@@ -10,7 +10,7 @@ from hf_paged.request import Row
 from hf_paged.speculation.acceptance import Acceptance, RowRecord
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import CostTable
-from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.guide import Guide, Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, lookup
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
@@ -74,7 +74,7 @@ class Speculator:
         cost: CostTable,
         overhead: Overhead,
         suffixes: SuffixIndex | None = None,
-        drafter: DraftModel | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config, self.cost, self.overhead, self.suffixes, self.drafter = config, cost, overhead, suffixes, drafter
         self.acceptance = Acceptance()

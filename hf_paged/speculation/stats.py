@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_paged.speculation.draft_model import DraftModel
+    from hf_paged.speculation.drafter import Drafter
     from hf_paged.speculation.speculator import Speculator
     from hf_paged.stats import Recorder
 
@@ -63,7 +63,7 @@ class SpeculationStats:
 
 def collect(
     speculators: Iterable[Speculator],
-    drafters: Iterable[DraftModel],
+    drafters: Iterable[Drafter],
     verified: int,
     verify_seconds: float,
     recorder: Recorder,

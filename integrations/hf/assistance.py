@@ -10,6 +10,7 @@ from torch import nn
 from hf_paged.integrations.attention import CannotDrive
 from hf_paged.integrations.drafters import speculation_settings
 from hf_paged.integrations.engine import Engine
+from hf_paged.integrations.vocabularies import Pair
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.speculator import Speculator
 
@@ -50,7 +51,10 @@ def asked(config: Any, draft_model: nn.Module | None, given: Any = None) -> Spec
 
 
 def speculator_for(
-    engine: Engine, config: SpeculationConfig | None, draft_model: nn.Module | None
+    engine: Engine,
+    config: SpeculationConfig | None,
+    draft_model: nn.Module | None,
+    tokenizers: Pair | None = None,
 ) -> Speculator | None:
     """Who drafts in a call on this engine.
 
@@ -58,7 +62,7 @@ def speculator_for(
         ValueError: the draft model does not fit the model.
     """
     try:
-        return engine.speculator_for(config, draft_model)
+        return engine.speculator_for(config, draft_model, tokenizers)
     except CannotDrive as error:
         logger.warning("nothing is drafted: %s cannot be driven (%s)", type(draft_model).__name__, error)
         return None

@@ -21,6 +21,7 @@ from hf_paged.integrations.compat import runs_in_step_with_others
 from hf_paged.integrations.fallback import make_cache
 from hf_paged.integrations.generate import ENGINE_MODES, run_prepared
 from hf_paged.integrations.generate import generate as paged_strategy
+from hf_paged.integrations.vocabularies import tokenizer_pair
 from hf_paged.params import SamplingParams
 
 logger = logging.getLogger("hf_paged")
@@ -151,8 +152,11 @@ class PagedCall:
             return self._loop(inputs, effective, reason)
         kwargs = self._with_stop_strings(effective)
         config, salt, streamer = self.config, self.salt, kwargs.get("streamer")
-        draft_model = kwargs.pop("assistant_model", None)
-        drafting = asked(effective, draft_model, self.speculation), draft_model
+        draft_model, theirs = kwargs.pop("assistant_model", None), kwargs.pop("assistant_tokenizer", None)
+        tokenizers = None
+        if draft_model is not None:
+            tokenizers = tokenizer_pair(self.kwargs.get("tokenizer"), theirs, "assistant_tokenizer")
+        drafting = asked(effective, draft_model, self.speculation), draft_model, tokenizers
         for name in ASKING:
             self._unset(name, kwargs)
 
@@ -168,8 +172,6 @@ class PagedCall:
         """Why transformers' own loop must run the whole call; None where the engine may."""
         mode = effective.get_generation_mode(self.kwargs.get("assistant_model"))
         assisted = mode is GenerationMode.ASSISTED_GENERATION and not getattr(effective, "use_mtp", False)
-        if assisted and self.kwargs.get("assistant_tokenizer") is not None:
-            return "the assistant has another tokenizer"
         if mode not in ENGINE_MODES and not assisted:
             return f"it is {mode.value}"
         if getattr(self.model.config, "is_encoder_decoder", False):

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from hf_paged.config import require
-from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
+from hf_paged.integrations.inspect import ModelFacts, PagedForward, model_facts, verify_forward
 from hf_paged.integrations.lean import LeanForward
+from hf_paged.integrations.vocabularies import Pair, same_vocabulary, vocabularies
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.drafter import Drafter
+from hf_paged.speculation.universal import UniversalDraft
 from hf_paged.store import KVStore
 
 if TYPE_CHECKING:
@@ -48,38 +51,76 @@ def speculation_settings(
 
 
 def make_drafter(
-    engine: Engine, config: SpeculationConfig, draft_model: nn.Module | None, known: dict[Any, DraftModel]
-) -> DraftModel | None:
+    engine: Engine,
+    config: SpeculationConfig,
+    draft_model: nn.Module | None,
+    tokenizers: Pair | None,
+    known: dict[Any, tuple[Pair | None, Drafter]],
+) -> Drafter | None:
     """What drafts beside texts: the draft model, the target's first layers, or nothing.
 
     Args:
-        known: drafters that were made before, by what they were made of.
+        tokenizers: the target's and the draft model's, where they may differ.
+        known: drafters that were made before, by what they were made of, and the tokenizers.
     """
     if config.method in ("lookup", "suffix"):
         return None
     if config.method == "layer_skip":
-        key, make = config.early_exit, _layer_skip
-    elif draft_model is None:
+        if config.early_exit not in known:
+            known[config.early_exit] = None, _layer_skip(engine, config.early_exit)
+        return known[config.early_exit][1]
+    if draft_model is None:
         return None
+    key = weakref.ref(draft_model)
+    made_for, drafter = known.get(key, (None, None))
+    if drafter is not None and made_for == tokenizers:
+        return drafter
+    check_draft(draft_model, engine)
+    if not _translates(engine, draft_model, tokenizers):
+        check_vocabulary(draft_model, engine)
+        made = drafter if isinstance(drafter, DraftModel) else _draft_model(engine, key)
     else:
-        key, make = weakref.ref(draft_model), _draft_model
-    if key not in known:
-        known[key] = make(engine, key)
-    return known[key]
+        made = _universal_draft(engine, key, tokenizers)
+    if drafter not in (None, made):
+        engine.core.drafting.drop(drafter)
+    known[key] = tokenizers, made
+    return made
+
+
+def _translates(engine: Engine, draft: nn.Module, tokenizers: Pair | None) -> bool:
+    """Whether what `draft` says must be put into the target's tokens: where the same ids are not the same to both."""
+    if tokenizers is None:
+        return False
+    return _size(draft) != engine.facts.vocab_size or not same_vocabulary(tokenizers)
+
+
+def _size(draft: nn.Module) -> int:
+    return draft.get_input_embeddings().weight.shape[0]
 
 
 def _draft_model(engine: Engine, ref: weakref.ref[nn.Module]) -> DraftModel:
-    draft, facts = ref(), engine.facts
-    check_draft(draft, engine)
-    own = model_facts(draft)
-    verify_forward(draft, own)
-    pages, size = engine.store.num_pages, engine.config.page_size
-    store = KVStore(list(own.layers), pages, size, own.dtype, own.device)
-    forward = PagedForward(ref, store, engine.config.backend)
+    forward, store = _own_forward(engine, ref, model_facts(ref()))
+    return DraftModel(forward, store, store.num_pages, store.page_size, **_common_settings(engine))
+
+
+def _universal_draft(engine: Engine, ref: weakref.ref[nn.Module], tokenizers: Pair) -> UniversalDraft:
+    own = model_facts(ref())
+    forward, store = _own_forward(engine, ref, own)
+    target, draft = vocabularies(tokenizers, (engine.facts.vocab_size, own.vocab_size))
+    longest = min(own.max_positions or 1 << 60, own.steady_length or 1 << 60)
+    return UniversalDraft(forward, store, target, draft, longest, **_common_settings(engine))
+
+
+def _own_forward(engine: Engine, ref: weakref.ref[nn.Module], own: ModelFacts) -> tuple[PagedForward, KVStore]:
+    """A draft model's forward, over as many pages as the target has."""
+    verify_forward(ref(), own)
+    store = KVStore(list(own.layers), engine.store.num_pages, engine.config.page_size, own.dtype, own.device)
+    return PagedForward(ref, store, engine.config.backend), store
+
+
+def _common_settings(engine: Engine) -> dict[str, Any]:
     settings = engine.core.settings
-    return DraftModel(
-        forward, store, pages, size, device=facts.device, backend=settings.backend, most=settings.max_batch_tokens
-    )
+    return {"device": engine.facts.device, "backend": settings.backend, "most": settings.max_batch_tokens}
 
 
 def _layer_skip(engine: Engine, layers: int) -> DraftModel:
@@ -87,17 +128,8 @@ def _layer_skip(engine: Engine, layers: int) -> DraftModel:
     require(
         layers < total, "early_exit", layers, f"1 to {total - 1}, fewer than the model's layers", "SpeculationConfig"
     )
-    settings = engine.core.settings
-    return DraftModel(
-        forward,
-        None,
-        engine.store.num_pages,
-        engine.config.page_size,
-        name="layer_skip",
-        device=engine.facts.device,
-        backend=settings.backend,
-        most=settings.max_batch_tokens,
-    )
+    sizes = engine.store.num_pages, engine.config.page_size
+    return DraftModel(forward, None, *sizes, name="layer_skip", **_common_settings(engine))
 
 
 class EarlyExit:
@@ -135,19 +167,28 @@ def check_draft(draft: nn.Module, engine: Engine) -> None:
     """Whether `draft` can draft for the engine's model.
 
     Raises:
-        ValueError: it is no causal model, or has another vocabulary, or is on another device.
+        ValueError: it is no causal model, or is on another device.
     """
     target, name = engine.target(), type(draft).__name__
     if not hasattr(draft, "get_input_embeddings"):
         raise ValueError(f"draft_model={name}: must be a causal language model of transformers")
     own, facts = draft.get_input_embeddings().weight, engine.facts
-    if own.shape[0] != facts.vocab_size:
-        raise ValueError(
-            f"draft_model={name} has a vocabulary of {own.shape[0]} tokens, the model one of {facts.vocab_size}: they "
-            "must share one (or give tokenizer and assistant_tokenizer to generate)"
-        )
     if own.device != facts.device:
         raise ValueError(f"draft_model={name} is on {own.device}, the model on {facts.device}: move it there")
     sizes = [sum(p.numel() for p in model.parameters()) for model in (draft, target)]
     if sizes[0] >= sizes[1]:
         logger.warning("draft_model=%s has %d parameters, the model %d: drafting with it can hardly pay", name, *sizes)
+
+
+def check_vocabulary(draft: nn.Module, engine: Engine) -> None:
+    """Whether `draft` has as many tokens as the engine's model.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if _size(draft) != engine.facts.vocab_size:
+        raise ValueError(
+            f"draft_model={type(draft).__name__} has a vocabulary of {_size(draft)} tokens, the model one of "
+            f"{engine.facts.vocab_size}: they must share one, or both tokenizers must be given (tokenizer and "
+            "assistant_tokenizer to generate, tokenizer and draft_tokenizer to an Engine)"
+        )

@@ -21,6 +21,7 @@ from hf_paged.integrations.prompts import Prompt, listed, refused
 from hf_paged.integrations.sizing import core_settings, make_tiers, pool_pages
 from hf_paged.integrations.summary import TreeSummary, summarise
 from hf_paged.integrations.validity import Validity, identity
+from hf_paged.integrations.vocabularies import Pair, tokenizer_pair
 from hf_paged.kernels import choose_backend
 from hf_paged.memory import Memory
 from hf_paged.outputs import RequestOutput, TokenEvent
@@ -29,7 +30,7 @@ from hf_paged.request import Request, Row
 from hf_paged.saved import load_prefixes, save_prefixes
 from hf_paged.seeds import draw_seed, mix_seed
 from hf_paged.speculation.config import SpeculationConfig
-from hf_paged.speculation.draft_model import DraftModel
+from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.stats import SpeculationStats
 from hf_paged.stats import EngineStats
@@ -46,7 +47,8 @@ class Engine:
         model: a causal language model with attention in every layer.
         config: an `EngineConfig`, or a dict of its fields.
         tokenizer: needed for prompts given as text, for `stop` and `bad_words`, and for texts in results.
-        draft_model: a causal model with the same vocabulary, that drafts.
+        draft_model: a causal model that drafts.
+        draft_tokenizer: the draft model's, where its vocabulary is another; `tokenizer` is needed, too.
         speculation: who drafts, and how much: a `SpeculationConfig`, a dict of its fields, or the name of a method.
             Default: `draft` where a draft model is given, else nothing is drafted.
         settings: fields of `EngineConfig`, instead of `config`.
@@ -62,6 +64,7 @@ class Engine:
         *,
         tokenizer: Any = None,
         draft_model: torch.nn.Module | None = None,
+        draft_tokenizer: Any = None,
         speculation: SpeculationConfig | dict[str, Any] | str | None = None,
         model_ref: Callable[[], torch.nn.Module] | None = None,
         **settings: Any,
@@ -76,7 +79,10 @@ class Engine:
         self._submitted: set[Request] = set()
         self._finished: list[RequestOutput] = []
         self._closed = self._stepping = False
-        self._speculation = speculation_settings(speculation, draft_model), draft_model
+        if draft_tokenizer is not None and draft_model is None:
+            raise ValueError("draft_tokenizer is given without a draft_model")
+        tokenizers = tokenizer_pair(tokenizer, draft_tokenizer)
+        self._speculation = speculation_settings(speculation, draft_model), draft_model, tokenizers
         self._set_up()
 
     def _set_up(self) -> None:
@@ -100,20 +106,26 @@ class Engine:
             device=self.facts.device,
             tiers=make_tiers(config, self.facts, self.store, self._identity),
         )
-        self._drafters: dict[Any, DraftModel] = {}
+        self._drafters: dict[Any, tuple[Pair | None, Drafter]] = {}
         self.speculator = self.speculator_for(*self._speculation)
 
     def speculator_for(
-        self, config: SpeculationConfig | None, draft_model: torch.nn.Module | None = None
+        self,
+        config: SpeculationConfig | None,
+        draft_model: torch.nn.Module | None = None,
+        tokenizers: Pair | None = None,
     ) -> Speculator | None:
         """Who drafts with these settings; None: nobody.
+
+        Args:
+            tokenizers: the model's and the draft model's, where they may differ.
 
         Raises:
             ValueError: the draft model, or the number of layers, is of no use here.
         """
         if config is None or config.off:
             return None
-        drafter = make_drafter(self, config, draft_model, self._drafters)
+        drafter = make_drafter(self, config, draft_model, tokenizers, self._drafters)
         return self.core.drafting.speculator(config, drafter)
 
     # -- whole calls
@@ -294,7 +306,7 @@ class Engine:
             for request in list(self.core.requests):
                 self.core.cancel(request.request_id)
             self.store.keys, self.store.values, self._closed = [], [], True
-            for drafter in self._drafters.values():
+            for _, drafter in self._drafters.values():
                 if drafter.store is not None:
                     drafter.store.keys, drafter.store.values = [], []
 
@@ -319,7 +331,7 @@ class Engine:
             self.forget()
         else:
             self.forward.refresh()
-        for key, drafter in list(self._drafters.items()):
+        for key, (_, drafter) in list(self._drafters.items()):
             if isinstance(key, weakref.ref) and key() is None:  # the draft model is gone
                 del self._drafters[key]
                 self.core.drafting.drop(drafter)

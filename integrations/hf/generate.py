@@ -16,6 +16,7 @@ from hf_paged.integrations.engine import Engine
 from hf_paged.integrations.fallback import transformers_loop
 from hf_paged.integrations.processors import LOOP_ONLY, Criteria, RowPrompt
 from hf_paged.integrations.registry import REGISTRY
+from hf_paged.integrations.vocabularies import Pair, tokenizer_pair
 from hf_paged.speculation.config import SpeculationConfig
 
 ENGINE_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -30,6 +31,8 @@ def generate(
     stopping_criteria: Any = None,
     generation_config: Any = None,
     draft_model: Any = None,
+    target_tokenizer: Any = None,
+    draft_tokenizer: Any = None,
     engine_config: EngineConfig | dict[str, Any] | None = None,
     cache_salt: str | None = None,
     speculation: Any = None,
@@ -41,7 +44,9 @@ def generate(
     use `enable()` and `cache_implementation="paged"`.
 
     Args:
-        draft_model: a causal model with the same vocabulary, that drafts.
+        draft_model: a causal model that drafts.
+        target_tokenizer, draft_tokenizer: the model's and the draft model's, where their vocabularies differ.
+            (`generate` keeps `tokenizer` and `assistant_tokenizer` to itself.)
         engine_config: an `EngineConfig`, or a dict of its fields.
         cache_salt: as in `SamplingParams`.
         speculation: a `SpeculationConfig`, a dict of its fields, or the name of a method.
@@ -52,7 +57,8 @@ def generate(
     Raises:
         ValueError: a bad setting, or a strategy that this door does not open.
     """
-    drafting = asked(generation_config, draft_model, speculation), draft_model
+    tokenizers = tokenizer_pair(target_tokenizer, draft_tokenizer)
+    drafting = asked(generation_config, draft_model, speculation), draft_model, tokenizers
     config = (
         engine_config if isinstance(engine_config, EngineConfig) else EngineConfig.from_dict(dict(engine_config or {}))
     )
@@ -70,12 +76,12 @@ def run_prepared(
     streamer: Any,
     model_kwargs: dict[str, Any],
     salt: str | None = None,
-    drafting: tuple[SpeculationConfig | None, nn.Module | None] = (None, None),
+    drafting: tuple[SpeculationConfig | None, nn.Module | None, Pair | None] = (None, None, None),
 ) -> Any:
     """A prepared batch, on the engine where it can, else in transformers' loop.
 
     Args:
-        drafting: who drafts, and the draft model.
+        drafting: who drafts, the draft model, and both tokenizers where they may differ.
     """
     for name in ASKING:  # they are in `drafting` now: without them it is greedy search or sampling
         setattr(generation_config, name, None)
