@@ -222,6 +222,30 @@ def test_a_worker_that_dies_is_told_with_its_last_words(loaded, work, fake_vllm)
         run_throughput(loaded, work, ["vllm"], repeats=1, vllm_python=sys.executable)
 
 
+def test_an_ngram_speculation_that_vllm_refuses_is_left_out_and_named(loaded, tmp_path, monkeypatch):
+    refusal = """
+        if settings["speculative_config"] is not None:
+            raise NotImplementedError("no ngram here")
+        if settings["max_model_len"] > 400:"""
+    fake = FAKE_VLLM.replace(
+        """
+        if settings["max_model_len"] > 200:""",
+        refusal,
+    )
+    (tmp_path / "vllm.py").write_text(textwrap.dedent(fake))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    args = ["bench", "speculation", "-m", loaded.name, "-n", "2", "--new-tokens", "3", "--batches", "1,2"]
+    args += ["--repeats", "1", "--methods", "lookup", "--no-peers", "--vllm-python", sys.executable]
+    result = CliRunner().invoke(app, [*args, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    rows = [row for row in report["rows"] if row["engine"].startswith("vllm")]
+    found = [(row["engine"], row["batch"], row["version"], row["tokens_equal"]) for row in rows]
+    assert found == [("vllm", 1, "9.9", False), ("vllm", 2, "9.9", False)]
+    assert report["skipped"] == {"vllm ngram": "NotImplementedError: no ngram here"}
+    assert "no ngram here" in CliRunner().invoke(app, args).stdout
+
+
 def test_an_interpreter_without_vllm_is_left_out_and_named(loaded, tmp_path, monkeypatch):
     (tmp_path / "vllm.py").write_text("raise ImportError('none here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -14,6 +14,7 @@ from hf_paged.integrations.cli.app import app
 from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.lookup import NgramIndex, continuation, lookup
 from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
+from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
 from hf_paged.speculation.trial import TRIED, Trial
 
@@ -36,6 +37,19 @@ def test_what_was_judged():
     assert Verdict(TREE, (1,)).judged() == [(0, False), (1, True), (3, False), (4, False)]
     assert Verdict(TREE, (1,), ended=True).judged() == [(0, False), (1, True)]
     assert Verdict(TREE, ()).judged() == [(0, False), (1, False)]
+
+
+def test_what_is_counted():
+    """Of the tree: 5 and 6 first, 7 behind 5, 8 and 9 behind 6."""
+    assert Verdict(TREE, (1, 4)).ranks() == [1, 2] and Verdict(TREE, (0,)).ranks() == [0]
+    tally, other = Tally(), Tally()
+    for verdict in (Verdict(TREE, (1, 4)), Verdict(TREE, (0,)), Verdict(TREE, ())):
+        tally.add(verdict)
+    other.add(Verdict(TREE, (1,), ended=True))
+    tally.include(other)
+    stats = tally.stats()
+    assert (stats.proposals, stats.proposed, stats.accepted) == (4, 20, 4)
+    assert stats.by_depth == (3 / 4, 1 / 2) and stats.by_rank == ((1 / 4, 2 / 4), (0, 0, 1 / 2))
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 6))
@@ -120,5 +134,10 @@ def test_bench_speculation(tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out.json").read_text())
     assert len(report["rows"]) == 2 * 5 + 3 and all(row["tokens_equal"] for row in report["rows"])
+    told = [row for row in report["rows"] if "of_best" in row]
+    assert "draft" in {row["engine"] for row in told}
+    for row in told:
+        assert row["tokens_per_second"] == pytest.approx(row["of_best"] * row["best_tokens_per_second"])
+        assert set(row["best_trees"]) == set(row["proposers"]) and row["cost"]
     wrong = CliRunner().invoke(app, [*command, "-", "--methods", "magic"])
     assert wrong.exit_code != 0 and "magic" in wrong.output

@@ -126,3 +126,14 @@ class Verdict:
             if parent in tested:
                 out.append((index, index in taken))
         return out
+
+    def ranks(self) -> list[int]:
+        """For each draft of the path, how many of its depth were likelier."""
+        proposal = self.proposal
+        if proposal.is_chain:
+            return [0] * len(self.path)
+        depths, reach = proposal.depths(), proposal.reach()
+        beside: dict[int, list[float]] = {}
+        for depth, odds in zip(depths, reach, strict=True):
+            beside.setdefault(depth, []).append(odds)
+        return [sum(odds > reach[node] for odds in beside[depths[node]]) for node in self.path]

@@ -14,6 +14,7 @@ from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.guide import Guide, Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, lookup
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
+from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex, Text
 from hf_paged.speculation.trial import Trial
 
@@ -38,24 +39,6 @@ class RowDrafting:
 
     def record(self, source: str) -> RowRecord:
         return self.records.setdefault(source, RowRecord())
-
-
-@dataclass(eq=False)
-class Tally:
-    """What became of one proposer's drafts: how many were verified, taken, and by depth: tested and taken."""
-
-    proposed: int = 0
-    accepted: int = 0
-    depths: dict[int, list[int]] = field(default_factory=dict)
-
-    def add(self, verdict: Verdict) -> None:
-        self.proposed += len(verdict.proposal)
-        self.accepted += verdict.accepted
-        for depth in range(1, max(verdict.proposal.depths()) + 1):
-            if depth <= verdict.accepted + (not verdict.ended):
-                seen = self.depths.setdefault(depth, [0, 0])
-                seen[0] += 1
-                seen[1] += depth <= verdict.accepted
 
 
 class Speculator:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from hf_paged.speculation.proposal import Verdict
 
 if TYPE_CHECKING:
     from hf_paged.speculation.drafter import Drafter
@@ -21,16 +24,62 @@ class ProposerStats:
         accepted: those that were its own tokens.
         by_depth: for the first, second, ... draft of a path: share of times that it was accepted, once those before it
             were.
+        by_rank: for each depth, the same share by whether it was the likeliest draft there, the second likeliest, ...
+        proposals: trees or chains of drafts, each for one row and one step.
     """
 
     proposed: int = 0
     accepted: int = 0
     by_depth: tuple[float, ...] = ()
+    by_rank: tuple[tuple[float, ...], ...] = ()
+    proposals: int = 0
 
     @property
     def acceptance(self) -> float:
         """Share of the drafts that were accepted, 0 to 1."""
         return self.accepted / self.proposed if self.proposed else 0.0
+
+
+@dataclass(eq=False)
+class Tally:
+    """Counts what becomes of one proposer's drafts.
+
+    Attributes:
+        tested: by depth, how often a draft of that depth could have been taken.
+        taken: by depth and rank (0: the likeliest of its depth), how often one was.
+    """
+
+    proposals: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    tested: Counter[int] = field(default_factory=Counter)
+    taken: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def add(self, verdict: Verdict) -> None:
+        """Count one proposal."""
+        self.proposals += 1
+        self.proposed += len(verdict.proposal)
+        self.accepted += verdict.accepted
+        deepest = min(max(verdict.proposal.depths()), verdict.accepted + (not verdict.ended))
+        self.tested.update(range(1, deepest + 1))
+        self.taken.update(enumerate(verdict.ranks(), 1))
+
+    def include(self, other: Tally) -> None:
+        """Add what another has counted."""
+        self.proposals += other.proposals
+        self.proposed += other.proposed
+        self.accepted += other.accepted
+        self.tested.update(other.tested)
+        self.taken.update(other.taken)
+
+    def stats(self) -> ProposerStats:
+        by_depth, by_rank = [], []
+        for depth, tested in sorted(self.tested.items()):
+            widest = max((rank for at, rank in self.taken if at == depth), default=0)
+            taken = [self.taken[depth, rank] for rank in range(widest + 1)]
+            by_depth.append(sum(taken) / tested)
+            by_rank.append(tuple(times / tested for times in taken))
+        return ProposerStats(self.proposed, self.accepted, tuple(by_depth), tuple(by_rank), self.proposals)
 
 
 @dataclass(frozen=True)
@@ -69,20 +118,11 @@ def collect(
     recorder: Recorder,
 ) -> SpeculationStats:
     """Add up what speculators have counted."""
-    sums: dict[str, tuple[list[int], dict[int, list[int]]]] = {}
+    sums: dict[str, Tally] = {}
     for speculator in speculators:
         for source, tally in speculator.tallies.items():
-            totals, depths = sums.setdefault(source, ([0, 0], {}))
-            totals[0] += tally.proposed
-            totals[1] += tally.accepted
-            for depth, (tested, taken) in tally.depths.items():
-                seen = depths.setdefault(depth, [0, 0])
-                seen[0] += tested
-                seen[1] += taken
-    proposers = {
-        source: ProposerStats(*totals, tuple(taken / tested for _, (tested, taken) in sorted(depths.items()) if tested))
-        for source, (totals, depths) in sums.items()
-    }
+            sums.setdefault(source, Tally()).include(tally)
+    proposers = {source: tally.stats() for source, tally in sums.items()}
     accepted, generated = sum(one.accepted for one in proposers.values()), recorder.counts["generated_tokens"]
     drafting = sum(drafter.seconds for drafter in drafters)
     return SpeculationStats(

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_paged.integrations.bench.ceiling import Ceiling, Source, ceiling
 from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.models import Loaded
+from hf_paged.integrations.bench.speculation_peers import summary_row, transformers_rows, vllm_rows
 from hf_paged.integrations.bench.throughput import Progress, without_end_token
 from hf_paged.integrations.bench.workload import Workload
 
@@ -34,7 +36,14 @@ class Variant:
     name: str
     engine: Any
     seconds: list[float] = field(default_factory=list)
+    prompt_seconds: float = 0.0
     equal: bool = True
+
+    def plain(self) -> Plain:
+        """Itself, as what drafting is held against."""
+        stats = self.engine.stats()
+        overhead = (stats.step_seconds - stats.forward_seconds) / max(stats.steps, 1)
+        return Plain(statistics.median(self.seconds), self.prompt_seconds, overhead)
 
     def run(self, load: Workload, batch: int, sampling: Sampling) -> list[list[int]]:
         """Answer all requests, `batch` at a time."""
@@ -59,16 +68,11 @@ class Variant:
         self.seconds.append(time.perf_counter() - begun)
         return tokens
 
-    def row(self, load: Workload, batch: int, plain: float) -> dict[str, Any]:
-        seconds, stats = statistics.median(self.seconds), self.engine.speculation_stats()
-        steps = self.engine.stats()
-        return {
-            "engine": self.name,
-            "batch": batch,
-            "seconds": seconds,
-            "tokens_per_second": load.tokens / seconds,
-            "speedup": plain / seconds,
-            "tokens_equal": self.equal,
+    def row(self, load: Workload, batch: int, plain: Plain) -> dict[str, Any]:
+        """The report's row."""
+        row = summary_row(self.name, batch, load, self.seconds, plain.seconds, self.equal)
+        stats, steps = self.engine.speculation_stats(), self.engine.stats()
+        row |= {
             "tokens_per_forward": stats.tokens_per_row,
             "proposed": stats.proposed,
             "accepted": stats.accepted,
@@ -79,6 +83,65 @@ class Variant:
             # The rest is bookkeeping: a perfect one would take no time.
             "in_forwards": (steps.forward_seconds + stats.draft_seconds) / max(steps.step_seconds, 1e-9),
         }
+        if stats.proposers and self.engine.core.drafting.cost:
+            row |= self._allowed(load, batch, plain, row["tokens_per_second"])
+        return row
+
+    def _allowed(self, load: Workload, batch: int, plain: Plain, rate: float) -> dict[str, Any]:
+        """What the measured acceptance and costs allow, and how much of it there was: see `ceiling`.
+
+        The prompts take as long as without drafts, and each gives its row's first token.
+        """
+        cost, sources = self.engine.core.drafting.cost, self.sources(len(load))
+        largest = cost.points()[-1][0]
+        sizes = [min(batch, len(load) - first) for first in range(0, len(load), batch)]
+        best = {
+            size: ceiling(size, list(sources.values()), cost.seconds, largest, plain.overhead) for size in set(sizes)
+        }
+        seconds = plain.prompt_seconds
+        for number, size in enumerate(sizes):
+            made = sum(load.lengths[number * batch : number * batch + size]) - size
+            seconds += made / best[size].tokens_per_second
+        drafter = self.engine.speculator.drafter
+        return {
+            "best_tokens_per_second": load.tokens / seconds,
+            "of_best": rate * seconds / load.tokens,
+            "best_trees": _trees(sources, best[sizes[0]]),
+            "cost": cost.points(),
+            "draft_cost": drafter.cost.points() if drafter is not None else [],
+        }
+
+    def sources(self, requests: int) -> dict[str, Source]:
+        """Who drafted, as measured: texts for the share of rows for which they did, a draft model for all others."""
+        stats, drafter = self.engine.speculation_stats(), self.engine.speculator.drafter
+        # Of each row's steps the first one reads its prompt.
+        steps = max(self.engine.stats().generated_tokens - stats.accepted - requests * len(self.seconds), 1)
+        made = {
+            name: Source(one.by_rank, min(one.proposals / steps, 1.0))
+            for name, one in stats.proposers.items()
+            if drafter is None or name != drafter.name
+        }
+        if drafter is not None and drafter.name in stats.proposers:
+            rest = max(1.0 - sum(source.share for source in made.values()), 0.0)
+            made[drafter.name] = Source(stats.proposers[drafter.name].by_rank, rest, drafter.cost.seconds)
+        return made
+
+
+def _trees(sources: dict[str, Source], best: Ceiling) -> dict[str, dict[str, float]]:
+    return {
+        name: vars(tree) | {"share": source.share}
+        for (name, source), tree in zip(sources.items(), best.trees, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The engine without drafts at one batch size: seconds of a run, of its prompts alone, and of a step outside the
+    forward."""
+
+    seconds: float
+    prompt_seconds: float
+    overhead: float
 
 
 def make_variants(loaded: Loaded, draft: Any, methods: Sequence[str], settings: dict[str, Any]) -> list[Variant]:
@@ -103,6 +166,7 @@ def run_speculation(
     repeats: int,
     sampling: Sampling | None = None,
     peers: bool = True,
+    vllm_python: str | None = None,
     settings: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -112,39 +176,34 @@ def run_speculation(
     Args:
         draft: the draft model, for `draft` and `auto`, or None.
         peers: also transformers' own assisted generation and prompt lookup, a row at a time (greedy only).
+        vllm_python: an interpreter that has vLLM: also vLLM with its n-gram speculation and without (greedy only).
 
     Returns:
-        A report: a row for each engine and batch size, its speed over that of the engine without drafts.
+        A report: a row for each engine and batch size, its speed over that of the engine without drafts, and
+        `best_tokens_per_second`, what the acceptance and the costs that it measured allow (see `ceiling`).
     """
     sampling, progress = sampling or Sampling(), progress or Progress()
     rows: list[dict[str, Any]] = []
     wanted: list[list[int]] | None = None
+    skipped: dict[str, str] = {}
     with without_end_token(loaded.model):
         progress.plan(len(batches) * (len(methods) + 1) * (repeats + 1))
         for batch in batches:
             variants = make_variants(loaded, draft, methods, settings or {})
             try:
-                for variant in variants:
-                    progress.note(f"batch {batch}, {variant.name}: warm-up")
-                    variant.run(load, batch, Sampling(sampling.temperature, sampling.top_p, sampling.seed + 100_000))
-                    variant.seconds.clear()
-                    variant.engine.reset_stats()
-                    progress.done()
-                for _ in range(repeats):
-                    for variant in variants:
-                        progress.note(f"batch {batch}, {variant.name}")
-                        gc.collect()
-                        tokens = variant.run(load, batch, sampling)
-                        wanted = tokens if wanted is None else wanted
-                        variant.equal &= tokens == wanted
-                        progress.done()
-                plain = statistics.median(variants[0].seconds)
+                wanted = _take_turns(variants, load, batch, repeats, sampling, wanted, progress)
+                plain = variants[0].plain()
                 rows += [variant.row(load, batch, plain) for variant in variants]
             finally:
                 for variant in variants:
                     variant.engine.close()
-        if peers and not sampling.temperature:
-            rows += _transformers(loaded, draft, load, wanted, repeats, rows, progress)
+        if not sampling.temperature:
+            plains = {row["batch"]: row["seconds"] for row in rows if row["engine"] == PLAIN}
+            if peers:
+                rows += transformers_rows(loaded, draft, load, wanted, repeats, plains.get(1), progress)
+            if vllm_python is not None:
+                made, skipped = vllm_rows(loaded, load, wanted, batches, repeats, plains, vllm_python, progress)
+                rows += made
     return {
         "benchmark": "speculation",
         "model": loaded.name,
@@ -155,62 +214,46 @@ def run_speculation(
         "top_p": sampling.top_p,
         "repeats": repeats,
         "rows": rows,
+        "skipped": skipped,
         "machine": machine(),
     }
 
 
-def _transformers(
-    loaded: Loaded,
-    draft: Any,
+def _take_turns(
+    variants: Sequence[Variant],
     load: Workload,
-    wanted: list[list[int]],
+    batch: int,
     repeats: int,
-    rows: list[dict[str, Any]],
+    sampling: Sampling,
+    wanted: list[list[int]] | None,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """transformers' loop, its assisted generation and its prompt lookup, one row at a time, in turns."""
-    ways: dict[str, dict[str, Any]] = {"hf": {}, "hf lookup": {"prompt_lookup_num_tokens": 10}}
-    if draft is not None:
-        ways["hf assisted"] = {"assistant_model": draft}
-    plain = next((row["seconds"] for row in rows if row["batch"] == 1 and row["engine"] == PLAIN), None)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    equal = dict.fromkeys(ways, True)
+) -> list[list[int]]:
+    """Warm all up, then time them in turns and hold their tokens against `wanted`.
+
+    Returns:
+        `wanted`, or the first run's tokens where that is None.
+    """
+    warm = Sampling(sampling.temperature, sampling.top_p, sampling.seed + 100_000)
+    prompts = Workload(load.prompts, (1,) * len(load))
+    for variant in variants:
+        progress.note(f"batch {batch}, {variant.name}: warm-up")
+        variant.run(load, batch, warm)
+        variant.seconds.clear()
+        if variant.name == PLAIN:
+            for _ in range(repeats):
+                variant.run(prompts, batch, warm)
+            variant.prompt_seconds, variant.seconds = statistics.median(variant.seconds), []
+        variant.engine.reset_stats()
+        progress.done()
     for _ in range(repeats):
-        for name, extra in ways.items():
-            progress.note(f"transformers, {name}")
-            begun = time.perf_counter()
-            made = [_generate(loaded, list(p), n, extra) for p, n in zip(load.prompts, load.lengths, strict=True)]
-            seconds[name].append(time.perf_counter() - begun)
-            equal[name] &= made == wanted
-    out = []
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        out.append(
-            {
-                "engine": name,
-                "batch": 1,
-                "seconds": median,
-                "tokens_per_second": load.tokens / median,
-                "speedup": plain / median if plain else None,
-                "tokens_equal": equal[name],
-            }
-        )
-    return out
-
-
-def _generate(loaded: Loaded, prompt: list[int], count: int, extra: dict[str, Any]) -> list[int]:
-    import torch
-
-    ids = torch.tensor([prompt], device=loaded.model.device)
-    out = loaded.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=loaded.pad_id,
-        **extra,
-    )
-    return out[0, len(prompt) :].tolist()
+        for variant in variants:
+            progress.note(f"batch {batch}, {variant.name}")
+            gc.collect()
+            tokens = variant.run(load, batch, sampling)
+            wanted = tokens if wanted is None else wanted
+            variant.equal &= tokens == wanted
+            progress.done()
+    return wanted
 
 
 def plot_speculation(report: dict[str, Any], path: str) -> None:
@@ -229,7 +272,7 @@ def plot_speculation(report: dict[str, Any], path: str) -> None:
     axes = figure.add_subplot()
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in report["rows"]:
-        if not row["engine"].startswith("hf"):
+        if not row["engine"].startswith(("hf", "vllm")):
             lines.setdefault(row["engine"], []).append((row["batch"], row["speedup"]))
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)

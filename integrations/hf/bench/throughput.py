@@ -45,8 +45,11 @@ def check_peers(text: str, known: Sequence[str] = PEERS) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def make_vllm(loaded: Loaded, load: Workload, python: str | None) -> Peer:
+def make_vllm(loaded: Loaded, load: Workload, python: str | None, speculation: dict[str, Any] | None = None) -> Vllm:
     """Start the vLLM worker for a workload.
+
+    Args:
+        speculation: vLLM's `speculative_config`.
 
     Raises:
         BadInput: without an interpreter. NoVllm: if it has no vLLM.
@@ -57,7 +60,8 @@ def make_vllm(loaded: Loaded, load: Workload, python: str | None) -> Peer:
     kv = sum(map(len, load.prompts)) + load.tokens
     longest = min(loaded.limit or load.longest, -(-load.longest // 256) * 256)
     name = str(dtype).removeprefix("torch.")
-    return Vllm(python, loaded.name, name, longest, kv * kv_bytes_per_token(loaded.model.config, dtype))
+    kv_bytes = kv * kv_bytes_per_token(loaded.model.config, dtype)
+    return Vllm(python, loaded.name, name, longest, kv_bytes, speculation)
 
 
 def make_peers(

@@ -42,6 +42,9 @@ def worker_environment(model: str, kv_bytes: int) -> dict[str, str]:
 class Vllm:
     """The worker process, seen as a peer.
 
+    Args:
+        speculation: vLLM's `speculative_config`; None: nothing is drafted.
+
     Raises:
         BadInput: if the interpreter cannot be run.
         NoVllm: if it cannot import vLLM.
@@ -50,8 +53,16 @@ class Vllm:
 
     name = "vllm"
 
-    def __init__(self, python: str, model: str, dtype: str, max_model_len: int, kv_bytes: int) -> None:
-        settings = {"model": model, "dtype": dtype, "max_model_len": max_model_len}
+    def __init__(
+        self,
+        python: str,
+        model: str,
+        dtype: str,
+        max_model_len: int,
+        kv_bytes: int,
+        speculation: dict[str, Any] | None = None,
+    ) -> None:
+        settings = {"model": model, "dtype": dtype, "max_model_len": max_model_len, "speculation": speculation}
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close()
         try:
             self._process = subprocess.Popen(

@@ -49,6 +49,7 @@ def main() -> None:
         enable_prefix_caching=False,
         disable_log_stats=False,  # the times to first token come with them
         seed=0,
+        speculative_config=settings["speculation"],
     )
     reply({"ready": vllm.__version__})
     for line in sys.stdin:

@@ -25,6 +25,9 @@ def speculation(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     peers: Annotated[bool, typer.Option(help="Time transformers' assisted generation and lookup, row by row.")] = True,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="An interpreter that can import vllm: time its n-gram speculation too.")
+    ] = None,
     repeats: opt.Repeats = 3,
     plot: Annotated[str | None, typer.Option(help="Picture of speed over batch size.")] = None,
     dtype: opt.Dtype = "float32",
@@ -39,7 +42,9 @@ def speculation(
     """Speculative decoding against none: engines in turns, tokens compared in every run.
 
     Every engine has answered the same prompts once before, with another seed (greedy: the same answers), so that
-    **suffix** and **auto** know texts of that kind. **hf assisted** and **hf lookup** are transformers' own.
+    **suffix** and **auto** know texts of that kind. **hf assisted** and **hf lookup** are transformers' own. **best
+    tree** is the speed that the drafts that were taken and the forwards that were timed allow, were there no
+    bookkeeping. Peers are timed when all engines are done, and only where the tokens are greedy.
     """
     from hf_paged.integrations.bench.data import BadInput
     from hf_paged.integrations.bench.models import bundled, load
@@ -58,7 +63,7 @@ def speculation(
     if not sizes or min(sizes) < 1:
         raise BadInput(f"--batches {batches}: numbers of at least 1, with commas")
     check_writable(plot)
-    loaded = load_model(model, dtype, device, threads, (), None, json_out)
+    loaded = load_model(model, dtype, device, threads, (), vllm_python, json_out)
     drafting: Any = None
     if {"draft", "auto"} & set(names):
         drafting = load(draft or bundled("models/draft"), dtype, device).model
@@ -73,6 +78,7 @@ def speculation(
             repeats=repeats,
             sampling=Sampling(temperature, top_p),
             peers=peers,
+            vllm_python=vllm_python,
             settings=settings,
             progress=bar,
         )

@@ -115,10 +115,13 @@ def show_speculation(report: dict[str, Any]) -> None:
                 f"{row['tokens_per_forward']:.2f}" if drafted else "–",
                 percent(row["accepted"] / drafted) if drafted else "–",
                 percent(row.get("in_forwards")),
+                f"{row['best_tokens_per_second']:.0f}" if "of_best" in row else "–",
+                percent(row.get("of_best")),
                 "yes" if row["tokens_equal"] else "NO",
             ]
         )
     kind = f"temperature {report['temperature']}" if report["temperature"] else "greedy"
     title = f"{report['requests']} requests, {report['output_tokens']} tokens, {kind}, median of {report['repeats']}"
-    columns = ["engine", "batch", "tokens/s", "speed", "tokens a forward", "accepted", "in forwards", "tokens equal"]
-    table(title, columns, rows)
+    columns = ["engine", "batch", "tokens/s", "speed", "tokens a forward", "accepted", "in forwards"]
+    caption = ". ".join(f"{name} cannot run: {why}" for name, why in report["skipped"].items())
+    table(title, [*columns, "best tree, tokens/s", "of it", "tokens equal"], rows, caption or None)
