@@ -1,0 +1,146 @@
+"""How the Triton kernels are launched: shape, dtype and card → tile sizes, splits, warps, stages. Pure functions.
+
+Nothing here depends on how many rows a step has: a row's result must not depend on the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+# Shared memory that one program may have.
+SHARED = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB}
+SHARED |= {"sm_75": 64 * KIB, "sm_120": 99 * KIB}
+LEAST_SHARED = 64 * KIB  # of cards that are not named: gfx942 has it, and so have Intel's
+LARGEST_DIM = 512  # of a head
+LARGEST_GROUP = 128  # query heads a KV head
+
+
+@dataclass(frozen=True)
+class Target:
+    """A card: `cuda`, `hip` or `xpu`, its architecture (`sm_90`, `gfx942`, ...) and how many processors it has."""
+
+    backend: str
+    arch: str
+    processors: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that one program may have."""
+        if self.backend != "cuda" or self.arch in SHARED:
+            return SHARED.get(self.arch, LEAST_SHARED)
+        return SHARED["sm_90"] if self.arch.startswith(("sm_10", "sm_11")) else SHARED["sm_86"]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Attention of one layer: `group` query heads a KV head, of `kv_heads`; elements of `itemsize` bytes."""
+
+    group: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    page_size: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot's key and value in a tile."""
+        return (padded(self.key_dim) + padded(self.value_dim)) * self.itemsize
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is launched.
+
+    Attributes:
+        block_m: lines of a tile: queries times query heads a KV head.
+        block_n: slots of a tile.
+        split: slots that one program reads of a row's, a multiple of `block_n`.
+        warps, stages: as Triton has them.
+        precision: of products of float32.
+    """
+
+    block_m: int
+    block_n: int
+    split: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded(dim: int) -> int:
+    """Elements of a head in a tile: what Triton's products take."""
+    return max(16, power_of_two(dim))
+
+
+def unsupported(shape: HeadShape) -> str | None:
+    """Why the kernels do not take this shape; None where they do."""
+    if shape.page_size & (shape.page_size - 1):
+        return f"page_size {shape.page_size} is not a power of two"
+    if max(shape.key_dim, shape.value_dim) > LARGEST_DIM:
+        return f"head_dim {max(shape.key_dim, shape.value_dim)} is over {LARGEST_DIM}"
+    if shape.group > LARGEST_GROUP:
+        return f"{shape.group} query heads a KV head are more than {LARGEST_GROUP}"
+    return None
+
+
+def _tile_bytes(shape: HeadShape, block_m: int, block_n: int, stages: int) -> int:
+    """Shared memory of one program, at most: tiles of keys and values in flight, queries, weights."""
+    held = block_m * (padded(shape.key_dim) + block_n) * shape.itemsize
+    return stages * block_n * shape.slot_bytes + held
+
+
+def _fit(shape: HeadShape, target: Target, block_m: int, block_n: int, stages: int) -> tuple[int, int]:
+    """`block_n` and `stages`, smaller until a program's tiles lie in shared memory."""
+    while _tile_bytes(shape, block_m, block_n, stages) > target.shared and (stages > 1 or block_n > 16):
+        if stages > 2 or block_n == 16:
+            stages -= 1
+        else:
+            block_n //= 2
+    return block_n, stages
+
+
+def decode_config(shape: HeadShape, target: Target) -> TileConfig:
+    """One query a row: memory is what counts. Tiles of 32 KiB, of which several are on their way.
+
+    A row of 32k slots alone is enough for two programs a processor; rows are split alike in any batch.
+    """
+    block_m = max(16, power_of_two(shape.group))
+    block_n = max(16, min(128, power_of_two(32 * KIB // shape.slot_bytes)))
+    block_n, stages = _fit(shape, target, block_m, block_n, 3 if target.backend == "cuda" else 2)
+    wanted = 32 * KIB * shape.kv_heads // (2 * target.processors)
+    split = min(512, max(128, power_of_two(wanted + 1) // 2))
+    return TileConfig(block_m, block_n, max(split, block_n), 4, stages, _precision(shape, target))
+
+
+def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
+    """Several queries a row. `few`: those that `is_few` tells, mostly tokens to verify; memory counts there too."""
+    half = shape.itemsize <= 2
+    large = max(padded(shape.key_dim), padded(shape.value_dim)) > 128
+    if few:
+        block_m = max(few_lines(shape, target), power_of_two(shape.group))
+        block_n = max(16, min(64, power_of_two(32 * KIB // shape.slot_bytes)))
+        stages, warps = 3, 4
+    else:
+        block_m = max(128 if half and not large else 64, power_of_two(shape.group))
+        block_n = 64 if half and not large else 32
+        stages, warps = 3, 8 if half and not large else 4
+    if target.backend != "cuda":
+        stages = 2
+    block_n, stages = _fit(shape, target, block_m, block_n, stages)
+    return TileConfig(block_m, block_n, 1024, warps, stages, _precision(shape, target))
+
+
+def few_lines(shape: HeadShape, target: Target) -> int:
+    """Lines (queries times query heads a KV head) up to which a row's queries are few."""
+    return 64 if shape.itemsize <= 2 else 16
+
+
+def _precision(shape: HeadShape, target: Target) -> str:
+    return "ieee"

@@ -1,0 +1,150 @@
+"""What the Triton attention kernels share: online softmax over tiles of paged keys and values.
+
+Scores are kept in units of log2 (the scale holds log2(e)), sums and weighted values in float32: Milakov and
+Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_pages(table, slots, begin, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pages of the slots from `begin` on: one where the tile lies on one page, else one a slot. Past `end`, page 0.
+
+    A page table is read up to `end` only: what stands behind a row's last page may be anything.
+    """
+    if PAGE_SIZE >= BLOCK_N:
+        return tl.load(table + begin // PAGE_SIZE, mask=begin < end, other=0).to(tl.int64)
+    else:
+        return tl.load(table + (begin + slots) // PAGE_SIZE, mask=begin + slots < end, other=0)
+
+
+@triton.jit
+def slot_offsets(pages, slots, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the slots' vectors begin in a layer `[num_pages, kv_heads, page_size, dim]`, for head 0."""
+    return pages.to(tl.int64) * (KV_HEADS * PAGE_SIZE * DIM) + (slots % PAGE_SIZE) * DIM
+
+
+@triton.jit
+def softcapped(scores, cap):
+    """`cap * tanh(scores / cap)` in units of log2."""
+    return (cap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.8853900817779268 / cap))))
+
+
+@triton.jit
+def visible_slots(
+    slots, low, high, base, visible, WINDOWED: tl.constexpr, TREE: tl.constexpr
+):
+    """Bool `[BLOCK_M, BLOCK_N]`: `low <= slot < high`, and of the 63 slots from `base` on what the bits say."""
+    seen = slots[None, :] < high[:, None]
+    if WINDOWED:
+        seen = seen & (slots[None, :] >= low[:, None])
+    if TREE:
+        beyond = slots[None, :] - base[:, None]
+        bit = (visible[:, None] >> tl.minimum(tl.maximum(beyond, 0), 63).to(tl.int64)) & 1
+        seen = seen & ((beyond < 0) | (bit != 0))
+    return seen
+
+
+@triton.jit
+def attend(
+    acc,
+    most,
+    total,
+    query,
+    key_pages,
+    value_pages,
+    table,
+    start,
+    stop,
+    low,
+    high,
+    base,
+    visible,
+    scale,
+    cap,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TREE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Take slots `start` (a multiple of `BLOCK_N`) to `stop` into a running softmax.
+
+    Args:
+        acc, most, total: weighted values `[M, V]`, largest score and sum of weights `[M]`, float32.
+        query: `[M, D]`. table: the row's line of the page table. key_pages, value_pages: at this KV head.
+        low, high, base, visible: what each query sees (`visible_slots`), looked at if `MASKED`; without it all queries
+            see all slots, and `stop` is a multiple of `BLOCK_N`.
+        scale: with log2(e) in it, unless `CAPPED`.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    v = tl.arange(0, BLOCK_V)
+    next_pages = load_pages(table, n, start, stop, PAGE_SIZE, BLOCK_N)
+    for begin in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        slots = begin + n
+        pages = next_pages  # one tile ahead: keys need not wait for them
+        next_pages = load_pages(table, n, begin + BLOCK_N, stop, PAGE_SIZE, BLOCK_N)
+        at_key = key_pages + slot_offsets(pages, slots, KV_HEADS, PAGE_SIZE, KEY_DIM, BLOCK_N)
+        at_value = value_pages + slot_offsets(pages, slots, KV_HEADS, PAGE_SIZE, VALUE_DIM, BLOCK_N)
+        key_at, value_at = at_key[None, :] + d[:, None], at_value[:, None] + v[None, :]
+        # What is not loaded is 0: a weight of 0 times NaN would be NaN.
+        if MASKED:
+            if WINDOWED:  # slots before every query's window may be anything as well
+                held = (slots < stop) & (slots >= tl.min(low, 0))
+            else:
+                held = slots < stop
+            key = tl.load(key_at, mask=held[None, :] & (d < KEY_DIM)[:, None], other=0.0)
+            value = tl.load(value_at, mask=held[:, None] & (v < VALUE_DIM)[None, :], other=0.0)
+        else:
+            if KEY_DIM == BLOCK_D:
+                key = tl.load(key_at)
+            else:
+                key = tl.load(key_at, mask=(d < KEY_DIM)[:, None], other=0.0)
+            if VALUE_DIM == BLOCK_V:
+                value = tl.load(value_at)
+            else:
+                value = tl.load(value_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
+        scores = tl.dot(query, key, input_precision=PRECISION) * scale
+        if CAPPED:
+            scores = softcapped(scores, cap)
+        if MASKED:
+            scores = tl.where(visible_slots(slots, low, high, base, visible, WINDOWED, TREE), scores, float("-inf"))
+        peak = tl.maximum(most, tl.max(scores, 1))
+        if MASKED:  # a query that has seen nothing yet
+            around = tl.where(peak == float("-inf"), 0.0, peak)
+        else:
+            around = peak
+        weights = tl.exp2(scores - around[:, None])
+        fade = tl.exp2(most - around)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+        most = peak
+    return acc, most, total
+
+
+@triton.jit
+def normalised(acc, most, total, sink, SINKS: tl.constexpr):
+    """Weighted values over the sum of weights, a sink's among them; zeros where nothing was seen.
+
+    `sink` `[M]` is in units of log2 (anything without `SINKS`).
+    """
+    if SINKS:
+        peak = tl.maximum(most, sink)
+        around = tl.where(peak == float("-inf"), 0.0, peak)
+        fade = tl.exp2(most - around)
+        total = total * fade + tl.exp2(sink - around)
+        acc = acc * fade[:, None]
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
