@@ -69,7 +69,7 @@ def paged_attention(
                 chosen = _chosen(rows, few_lines(shape, target) // shape.group, few)
                 return work_list(rows, chosen, config, shape.group, window, _branches(rows, window), device)
 
-            items = rows.derived(("work", window, shape.group, config), work)
+            items = rows.derived(("work", window, shape.group, config, few), work)
             if items is not None:
                 extend(query, key_pages, value_pages, step.table, items, out, config, **options)
     return out
