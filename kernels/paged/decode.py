@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.launch import TileConfig, padded
-from hf_paged.kernels.reduce import reduce_kernel
+from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
+from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
 from hf_paged.kernels.tiles import attend, normalised
 
 LOG2E = 1.4426950408889634
@@ -145,20 +145,21 @@ def decode(
         out: `[rows, heads, value_dim]`, contiguous.
         longest: at least the largest of `context`: the grid holds splits for so many slots.
     """
-    rows, heads, key_dim = query.shape
-    _, kv_heads, page_size, value_dim = value_pages.shape
+    rows, heads, _ = query.shape
+    _, kv_heads, _, value_dim = value_pages.shape
     seen = longest if window is None else min(longest, window + config.block_n)
     splits = max(1, -(-seen // config.split))
     parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
-    shape = dict(VALUE_DIM=value_dim, BLOCK_V=padded(value_dim), BLOCK_N=config.block_n, SPLIT=config.split)
-    shape |= dict(WINDOWED=window is not None, SINKS=sinks is not None)
+    shape = head_shape(heads, key_pages, value_pages)
+    chosen = dict(windowed=window is not None, sinks=sinks is not None)
+    sinks = out if sinks is None else sinks  # stands for what is not read
     decode_kernel[(rows * kv_heads * splits,)](
         query,
         key_pages,
         value_pages,
         table,
         context,
-        out if sinks is None else sinks,
+        sinks,
         out,
         parts,
         stats,
@@ -168,36 +169,25 @@ def decode(
         window or 0,
         scale if softcap is not None else scale * LOG2E,
         softcap or 0.0,
-        query.stride(0),
-        query.stride(1),
-        GROUP=heads // kv_heads,
-        KV_HEADS=kv_heads,
-        PAGE_SIZE=page_size,
-        KEY_DIM=key_dim,
-        BLOCK_M=config.block_m,
-        BLOCK_D=padded(key_dim),
-        CAPPED=softcap is not None,
-        PRECISION=config.precision,
-        STAGES=config.stages,
+        *query.stride()[:2],
+        **decode_constants(shape, config, capped=softcap is not None, **chosen),
         num_warps=config.warps,
         num_stages=config.stages,
-        **shape,
     )
     if splits > 1:
-        reduce_kernel[(rows * heads,)](
-            parts,
-            stats,
-            context,
-            out if sinks is None else sinks,
-            out,
-            splits,
-            window or 0,
-            HEADS=heads,
-            BLOCK_P=16,
-            DECODE=True,
-            num_warps=4,
-            **shape,
-        )
+        constants = reduce_constants(shape, config, decode=True, **chosen)
+        reduce_kernel[(rows * heads,)](parts, stats, context, sinks, out, splits, window or 0, **constants)
+
+
+def decode_constants(shape: HeadShape, config: TileConfig, *, windowed: bool, capped: bool, sinks: bool) -> dict:
+    """What `decode_kernel` is compiled for."""
+    return {
+        **tile_constants(shape, config),
+        "SPLIT": config.split,
+        "WINDOWED": windowed,
+        "CAPPED": capped,
+        "SINKS": sinks,
+    }
 
 
 def part_buffers(lines: int, heads: int, value_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from hf_paged.kernels.decode import LOG2E, part_buffers
-from hf_paged.kernels.launch import TileConfig, padded
-from hf_paged.kernels.reduce import reduce_kernel
+from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
+from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
 from hf_paged.kernels.tiles import attend, normalised
 from hf_paged.kernels.worklist import WorkList
 
@@ -147,11 +147,13 @@ def extend(
         work: made for `config` and `window`.
         out: `[tokens, heads, value_dim]`, contiguous; lines of other queries stay as they are.
     """
-    heads, key_dim = query.shape[1:]
-    _, kv_heads, page_size, value_dim = value_pages.shape
+    heads = query.shape[1]
+    _, kv_heads, _, value_dim = value_pages.shape
     parts, stats = part_buffers(work.lines, heads, value_dim, query.device)
-    nothing = out  # stands for a tensor that is not read
-    shape = dict(VALUE_DIM=value_dim, BLOCK_V=padded(value_dim), BLOCK_N=config.block_n, SINKS=sinks is not None)
+    shape = head_shape(heads, key_pages, value_pages)
+    nothing = out  # stands for what is not read
+    chosen = dict(windowed=window is not None, sinks=sinks is not None)
+    sinks = nothing if sinks is None else sinks
     extend_kernel[(len(work.items) * kv_heads,)](
         query,
         key_pages,
@@ -159,7 +161,7 @@ def extend(
         table,
         work.items,
         nothing if work.seen is None else work.seen,
-        nothing if sinks is None else sinks,
+        sinks,
         out,
         parts,
         stats,
@@ -167,37 +169,24 @@ def extend(
         window or 0,
         scale if softcap is not None else scale * LOG2E,
         softcap or 0.0,
-        query.stride(0),
-        query.stride(1),
-        GROUP=heads // kv_heads,
-        KV_HEADS=kv_heads,
-        PAGE_SIZE=page_size,
-        KEY_DIM=key_dim,
-        BLOCK_M=config.block_m,
-        BLOCK_D=padded(key_dim),
-        WINDOWED=window is not None,
-        TREE=work.seen is not None,
-        CAPPED=softcap is not None,
-        PRECISION=config.precision,
-        STAGES=config.stages,
+        *query.stride()[:2],
+        **extend_constants(shape, config, tree=work.seen is not None, capped=softcap is not None, **chosen),
         num_warps=config.warps,
         num_stages=config.stages,
-        **shape,
     )
     if work.lines:
-        reduce_kernel[(len(work.merges) * heads,)](
-            parts,
-            stats,
-            work.merges,
-            nothing if sinks is None else sinks,
-            out,
-            0,
-            0,
-            HEADS=heads,
-            BLOCK_P=16,
-            SPLIT=config.split,
-            WINDOWED=False,
-            DECODE=False,
-            num_warps=4,
-            **shape,
-        )
+        constants = reduce_constants(shape, config, decode=False, **chosen)
+        reduce_kernel[(len(work.merges) * heads,)](parts, stats, work.merges, sinks, out, 0, 0, **constants)
+
+
+def extend_constants(
+    shape: HeadShape, config: TileConfig, *, windowed: bool, tree: bool, capped: bool, sinks: bool
+) -> dict:
+    """What `extend_kernel` is compiled for."""
+    return {
+        **tile_constants(shape, config),
+        "WINDOWED": windowed,
+        "TREE": tree,
+        "CAPPED": capped,
+        "SINKS": sinks,
+    }

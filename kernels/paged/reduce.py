@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_paged.kernels.launch import HeadShape, TileConfig, padded
 from hf_paged.kernels.tiles import normalised
 
 
@@ -75,3 +76,18 @@ def reduce_kernel(
     done = normalised(acc[None, :], most, total, sink, SINKS)
     at = out + (token.to(tl.int64) * HEADS + head) * VALUE_DIM + v
     tl.store(at[None, :], done.to(out.dtype.element_ty), mask=(v < VALUE_DIM)[None, :])
+
+
+def reduce_constants(shape: HeadShape, config: TileConfig, *, decode: bool, windowed: bool, sinks: bool) -> dict:
+    """What `reduce_kernel` is compiled for."""
+    return {
+        "HEADS": shape.group * shape.kv_heads,
+        "VALUE_DIM": shape.value_dim,
+        "BLOCK_V": padded(shape.value_dim),
+        "BLOCK_N": config.block_n,
+        "BLOCK_P": 16,
+        "SPLIT": config.split,
+        "WINDOWED": windowed and decode,
+        "SINKS": sinks,
+        "DECODE": decode,
+    }

@@ -23,7 +23,9 @@ def load_pages(table, slots, begin, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def slot_offsets(pages, slots, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+def slot_offsets(
+    pages, slots, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Where the slots' vectors begin in a layer `[num_pages, kv_heads, page_size, dim]`, for head 0."""
     return pages.to(tl.int64) * (KV_HEADS * PAGE_SIZE * DIM) + (slots % PAGE_SIZE) * DIM
 
@@ -35,9 +37,7 @@ def softcapped(scores, cap):
 
 
 @triton.jit
-def visible_slots(
-    slots, low, high, base, visible, WINDOWED: tl.constexpr, TREE: tl.constexpr
-):
+def visible_slots(slots, low, high, base, visible, WINDOWED: tl.constexpr, TREE: tl.constexpr):
     """Bool `[BLOCK_M, BLOCK_N]`: `low <= slot < high`, and of the 63 slots from `base` on what the bits say."""
     seen = slots[None, :] < high[:, None]
     if WINDOWED:

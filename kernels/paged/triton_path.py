@@ -9,12 +9,13 @@ import torch
 
 from hf_paged.kernels.decode import decode
 from hf_paged.kernels.extend import extend
-from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config, few_lines
+from hf_paged.kernels.launch import Target, decode_config, extend_config, few_lines, head_shape, unsupported
 from hf_paged.kernels.rows import ALL, PagedRows
 from hf_paged.kernels.seen import Seen, build_seen
 from hf_paged.kernels.worklist import StepTensors, step_tensors, work_list
 from hf_paged.kernels.write_triton import write
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = Target("cuda", "sm_90", 132)
 
 
@@ -31,12 +32,38 @@ def target_of(device: torch.device) -> Target:
     return INTERPRETED
 
 
-def head_shape(query_heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> HeadShape:
-    """Shape of the attention of `query_heads` over a layer's pages."""
-    _, kv_heads, size, key_dim = key_pages.shape
-    return HeadShape(
-        query_heads // kv_heads, kv_heads, key_dim, value_pages.shape[-1], key_pages.element_size(), size
-    )
+def serves(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> bool:
+    """Whether the kernels take such pages under so many query heads."""
+    floats = key_pages.dtype == value_pages.dtype and key_pages.dtype in DTYPES
+    return floats and unsupported(head_shape(heads, key_pages, value_pages)) is None
+
+
+def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor) -> None:
+    """Refuse what would give wrong numbers.
+
+    Raises:
+        ValueError: dtypes or dims do not go together, or pages are not contiguous.
+    """
+    heads, dim = query.shape[1:]
+    _require(query.dtype == key_pages.dtype, "query.dtype", query.dtype, f"that of the pages, {key_pages.dtype}")
+    _require(dim == key_pages.shape[-1], "query's head_dim", dim, f"that of the keys, {key_pages.shape[-1]}")
+    kv_heads = key_pages.shape[1]
+    _require(heads % kv_heads == 0, "query's heads", heads, f"a multiple of the {kv_heads} KV heads")
+    for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
+        _require(pages.is_contiguous(), f"{name}.stride()", pages.stride(), "contiguous pages")
+
+
+def check_new(key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor) -> None:
+    """The same for new keys and values."""
+    check(key, key_pages, value_pages)
+    _require(value.dtype == value_pages.dtype, "value.dtype", value.dtype, f"that of the pages, {value_pages.dtype}")
+    wanted = (*key.shape[:2], value_pages.shape[-1])
+    _require(value.shape == wanted, "value.shape", tuple(value.shape), f"{wanted}")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value} is not allowed: {allowed}")
 
 
 def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:

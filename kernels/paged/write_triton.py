@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.launch import padded, power_of_two
+from hf_paged.kernels.launch import HeadShape, head_shape, padded, power_of_two
 
 
 @triton.jit
@@ -52,24 +52,22 @@ def write(
 
     `slots` is int64 `[tokens]`, contiguous: `page * page_size + offset`; tokens with a slot under 0 are skipped.
     """
-    tokens, kv_heads, key_dim = key.shape
-    value_dim = value.shape[-1]
-    block_d, block_v = padded(key_dim), padded(value_dim)
-    block_h = min(power_of_two(kv_heads), max(1, 4096 // max(block_d, block_v)))
-    write_kernel[(tokens, -(-kv_heads // block_h))](
-        key,
-        value,
-        key_pages,
-        value_pages,
-        slots,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        KV_HEADS=kv_heads,
-        PAGE_SIZE=key_pages.shape[2],
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_H=block_h,
-        BLOCK_D=block_d,
-        BLOCK_V=block_v,
-        num_warps=4,
-    )
+    tokens, kv_heads, _ = key.shape
+    constants = write_constants(head_shape(kv_heads, key_pages, value_pages))
+    grid = (tokens, -(-kv_heads // constants["BLOCK_H"]))
+    strides = *key.stride()[:2], *value.stride()[:2]
+    write_kernel[grid](key, value, key_pages, value_pages, slots, *strides, **constants)
+
+
+def write_constants(shape: HeadShape) -> dict:
+    """What `write_kernel` is compiled for."""
+    block_d, block_v = padded(shape.key_dim), padded(shape.value_dim)
+    return {
+        "KV_HEADS": shape.kv_heads,
+        "PAGE_SIZE": shape.page_size,
+        "KEY_DIM": shape.key_dim,
+        "VALUE_DIM": shape.value_dim,
+        "BLOCK_H": min(power_of_two(shape.kv_heads), max(1, 4096 // max(block_d, block_v))),
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+    }
