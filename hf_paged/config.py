@@ -43,8 +43,8 @@ class EngineConfig:
         disk_cache_bytes: what its files may have together.
         track_optimum: count what a prefix cache without limits would have found (`EngineStats.optimal_tokens`; it keeps
             all tokens ever served).
-        backend: `auto`, `torch` or `triton` for the attention ops. `auto` takes Triton's where the device has them (CUDA,
-            ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
+        backend: `auto`, `torch` or `triton` for the attention ops. `auto` takes Triton's where the device has them
+            (CUDA, ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
 

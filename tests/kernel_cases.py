@@ -15,7 +15,7 @@ from hf_paged.speculation.proposal import tree_places
 
 @dataclass(frozen=True)
 class Case:
-    """One step. A row of `rows` is `(tokens before, what)`: None is a decode, a number a chunk, a tuple a tree's parents."""
+    """One step. A row is `(tokens before, what)`: None is a decode, a number a chunk, a tuple a tree's parents."""
 
     rows: tuple = ((9, None), (0, 5))
     page_size: int = 16
@@ -57,7 +57,7 @@ class Step:
 
 
 def make(case: Case) -> Step:
-    """Random queries and pages. Slots that no row holds are NaN, and the page table ends in pages that are not there."""
+    """Random queries and pages. Slots that no row holds are NaN; a row's pages are followed by -1."""
     rng, gen = np.random.default_rng(case.seed), torch.Generator().manual_seed(case.seed)
     size, rows = case.page_size, sorted(case.rows, key=lambda row: row[1] is not None)
     lens = [1 if what is None else what if isinstance(what, int) else 1 + len(what) for _, what in rows]

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def with_fallback(run: Callable[..., Any], instead: Callable[..., Any], *args: A
         return instead(*args, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _problem(device_type: str) -> str | None:
     """Why the Triton kernels cannot run on such a device; None where they can."""
     if importlib.util.find_spec("triton") is None:

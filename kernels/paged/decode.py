@@ -1,7 +1,7 @@
 """Decode: one query token a row over its page table, in splits of a fixed number of slots.
 
-Dao et al., "Flash-Decoding", 2023. The query heads of a KV head make one tile (Ainslie et al., "GQA", 2023), so keys and
-values are read once. How a row is split depends on the row alone, so its result does not depend on the batch.
+Dao et al., "Flash-Decoding", 2023. The query heads of a KV head make one tile (Ainslie et al., "GQA", 2023), so keys
+and values are read once. How a row is split depends on the row alone, so its result does not depend on the batch.
 """
 
 from __future__ import annotations

@@ -168,6 +168,9 @@ def few_lines(shape: HeadShape, target: Target) -> int:
 
 
 def _precision(shape: HeadShape, target: Target) -> str:
-    """Of products of float32. NVIDIA's cards have none in their matrix units: three of TF32 come within 2e-6 of it (Ootomo
-    and Yokota, 2022), where exact ones, made of single products, keep whole tiles in registers and spill by kilobytes."""
+    """Of products of float32.
+
+    NVIDIA's matrix units have none: three of TF32 are as good (Ootomo and Yokota, 2022). Exact ones, made of scalar
+    products, keep whole tiles in registers and spill by kilobytes.
+    """
     return "tf32x3" if shape.itemsize == 4 and target.backend == "cuda" else "ieee"

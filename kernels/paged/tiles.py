@@ -102,31 +102,23 @@ def attend(
         key_at, value_at = at_key[None, :] + d[:, None], at_value[:, None] + v[None, :]
         # What is not loaded is 0: a weight of 0 times NaN would be NaN.
         if MASKED:
+            held = slots < stop
             if WINDOWED:  # slots before every query's window may be anything as well
-                held = (slots < stop) & (slots >= tl.min(low, 0))
-            else:
-                held = slots < stop
+                held = held & (slots >= tl.min(low, 0))
             key = tl.load(key_at, mask=held[None, :] & (d < KEY_DIM)[:, None], other=0.0)
             value = tl.load(value_at, mask=held[:, None] & (v < VALUE_DIM)[None, :], other=0.0)
         else:
-            if KEY_DIM == BLOCK_D:
-                key = tl.load(key_at)
-            else:
-                key = tl.load(key_at, mask=(d < KEY_DIM)[:, None], other=0.0)
-            if VALUE_DIM == BLOCK_V:
-                value = tl.load(value_at)
-            else:
-                value = tl.load(value_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
+            key = tl.load(key_at, mask=(d < KEY_DIM)[:, None], other=0.0)
+            value = tl.load(value_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
         scores = tl.dot(query, key, input_precision=PRECISION) * scale
         if CAPPED:
             scores = softcapped(scores, cap)
         if MASKED:
             scores = tl.where(visible_slots(slots, low, high, base, visible, WINDOWED, TREE), scores, float("-inf"))
         peak = tl.maximum(most, tl.max(scores, 1))
+        around = peak
         if MASKED:  # a query that has seen nothing yet
             around = tl.where(peak == float("-inf"), 0.0, peak)
-        else:
-            around = peak
         weights = tl.exp2(scores - around[:, None])
         fade = tl.exp2(most - around)
         total = total * fade + tl.sum(weights, 1)
