@@ -115,7 +115,7 @@ def unsupported(shape: HeadShape) -> str | None:
     return None
 
 
-def _tile_bytes(shape: HeadShape, block_m: int, block_n: int, stages: int) -> int:
+def tile_bytes(shape: HeadShape, block_m: int, block_n: int, stages: int) -> int:
     """Shared memory of one program, at most: tiles of keys and values in flight, queries, weights."""
     held = block_m * (padded(shape.key_dim) + block_n) * shape.itemsize
     return stages * block_n * shape.slot_bytes + held
@@ -123,7 +123,7 @@ def _tile_bytes(shape: HeadShape, block_m: int, block_n: int, stages: int) -> in
 
 def _fit(shape: HeadShape, target: Target, block_m: int, block_n: int, stages: int) -> tuple[int, int]:
     """`block_n` and `stages`, smaller until a program's tiles lie in shared memory."""
-    while _tile_bytes(shape, block_m, block_n, stages) > target.shared and (stages > 1 or block_n > 16):
+    while tile_bytes(shape, block_m, block_n, stages) > target.shared and (stages > 1 or block_n > 16):
         if stages > 2 or block_n == 16:
             stages -= 1
         else:

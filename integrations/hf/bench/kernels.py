@@ -219,7 +219,13 @@ def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     if 1 < count < context:
         mask = torch.ones(count, context, dtype=torch.bool, device=query.device).tril(context - count)
     return F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, is_causal=count == context > 1, scale=scale, enable_gqa=True
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=mask,
+        is_causal=count == context > 1,
+        scale=scale,
+        enable_gqa=True,
     )[0]
 
 

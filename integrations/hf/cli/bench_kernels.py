@@ -27,7 +27,7 @@ def kernels(
     """Paged attention on a GPU, as shares of its copy bandwidth and of its matrix products, measured in the same run.
 
     Decodes of several shapes, a prompt of 8k (against torch's attention over contiguous KV), and verification of drafts
-    over the time of a decode; errors are against float64, and torch's own beside them. Layers are timed in a CUDA graph.
+    over the time of a decode; errors are against float64, torch's own beside them. Layers are timed in a CUDA graph.
     """
     import torch
 
