@@ -66,7 +66,7 @@ def paged_attention(
         from hf_paged.kernels import triton_path
 
         if triton_path.serves(query.shape[1], key_pages, value_pages):
-            triton_path.check(query, key_pages, value_pages)
+            triton_path.check(query, key_pages, value_pages, scale)
             return with_fallback(triton_path.paged_attention, run, *tensors, **options)
     return run(*tensors, **options)
 

@@ -14,7 +14,7 @@ KIB = 1024
 SHARED = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB}
 SHARED |= {"sm_75": 64 * KIB, "sm_120": 99 * KIB}
 LEAST_SHARED = 64 * KIB  # of cards that are not named: gfx942 has it, and so have Intel's
-LARGEST_DIM = 512  # of a head
+LARGEST_BYTES = 1024  # of a head's key or value
 LARGEST_GROUP = 128  # query heads a KV head
 
 
@@ -108,8 +108,9 @@ def unsupported(shape: HeadShape) -> str | None:
     """Why the kernels do not take this shape; None where they do."""
     if shape.page_size & (shape.page_size - 1):
         return f"page_size {shape.page_size} is not a power of two"
-    if max(shape.key_dim, shape.value_dim) > LARGEST_DIM:
-        return f"head_dim {max(shape.key_dim, shape.value_dim)} is over {LARGEST_DIM}"
+    largest = max(shape.key_dim, shape.value_dim)
+    if largest * shape.itemsize > LARGEST_BYTES:
+        return f"head_dim {largest} is over {LARGEST_BYTES // shape.itemsize}"
     if shape.group > LARGEST_GROUP:
         return f"{shape.group} query heads a KV head are more than {LARGEST_GROUP}"
     return None
@@ -134,14 +135,14 @@ def _fit(shape: HeadShape, target: Target, block_m: int, block_n: int, stages: i
 def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     """One query a row: memory is what counts. Tiles of 32 KiB, of which several are on their way.
 
-    A row of 32k slots alone is enough for two programs a processor; rows are split alike in any batch.
+    A row of 32k slots alone is enough for about two programs a processor; rows are split alike in any batch.
     """
     block_m = max(16, power_of_two(shape.group))
     block_n = max(16, min(128, power_of_two(32 * KIB // shape.slot_bytes)))
     block_n, stages = _fit(shape, target, block_m, block_n, 3 if target.backend == "cuda" else 2)
-    wanted = 32 * KIB * shape.kv_heads // (2 * target.processors)
-    split = min(512, max(128, power_of_two(wanted + 1) // 2))
-    return TileConfig(block_m, block_n, max(split, block_n), 4, stages, _precision(shape, target))
+    split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
+    warps = 4 if shape.slot_bytes <= KIB else 8
+    return TileConfig(block_m, block_n, max(split, block_n), warps, stages, _precision(shape, target))
 
 
 def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
@@ -151,11 +152,11 @@ def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
     if few:
         block_m = max(few_lines(shape, target), power_of_two(shape.group))
         block_n = max(16, min(64, power_of_two(32 * KIB // shape.slot_bytes)))
-        stages, warps = 3, 4
+        stages, warps = 3, 4 if shape.slot_bytes <= KIB else 8
     else:
-        block_m = max(128 if half and not large else 64, power_of_two(shape.group))
+        block_m = max(32 if not half else 64 if large else 128, power_of_two(shape.group))
         block_n = 64 if half and not large else 32
-        stages, warps = 3, 8 if half and not large else 4
+        stages, warps = 3, 8 if half or shape.slot_bytes > KIB else 4
     if target.backend != "cuda":
         stages = 2
     block_n, stages = _fit(shape, target, block_m, block_n, stages)

@@ -87,7 +87,7 @@ def attend(
         query: `[M, D]`. table: the row's line of the page table. key_pages, value_pages: at this KV head.
         low, high, base, visible: what each query sees (`visible_slots`), looked at if `MASKED`; without it all queries
             see all slots, and `stop` is a multiple of `BLOCK_N`.
-        scale: with log2(e) in it, unless `CAPPED`.
+        scale: over 0; with log2(e) in it, unless `CAPPED`.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -110,16 +110,18 @@ def attend(
         else:
             key = tl.load(key_at, mask=(d < KEY_DIM)[:, None], other=0.0)
             value = tl.load(value_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
-        scores = tl.dot(query, key, input_precision=PRECISION) * scale
+        scores = tl.dot(query, key, input_precision=PRECISION)
+        factor = scale  # taken in where scores are used: a product and a difference are one instruction
         if CAPPED:
-            scores = softcapped(scores, cap)
+            scores = softcapped(scores * scale, cap)
+            factor = 1.0
         if MASKED:
             scores = tl.where(visible_slots(slots, low, high, base, visible, WINDOWED, TREE), scores, float("-inf"))
-        peak = tl.maximum(most, tl.max(scores, 1))
+        peak = tl.maximum(most, tl.max(scores, 1) * factor)
         around = peak
         if MASKED:  # a query that has seen nothing yet
             around = tl.where(peak == float("-inf"), 0.0, peak)
-        weights = tl.exp2(scores - around[:, None])
+        weights = tl.exp2(scores * factor - around[:, None])
         fade = tl.exp2(most - around)
         total = total * fade + tl.sum(weights, 1)
         acc = tl.dot(weights.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)

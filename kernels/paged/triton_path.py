@@ -38,12 +38,13 @@ def serves(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> bo
     return floats and unsupported(head_shape(heads, key_pages, value_pages)) is None
 
 
-def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor) -> None:
+def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scale: float = 1.0) -> None:
     """Refuse what would give wrong numbers.
 
     Raises:
-        ValueError: dtypes or dims do not go together, or pages are not contiguous.
+        ValueError: dtypes or dims do not go together, pages are not contiguous, or the scale is not over 0.
     """
+    _require(scale > 0, "scale", scale, "a number over 0")
     heads, dim = query.shape[1:]
     _require(query.dtype == key_pages.dtype, "query.dtype", query.dtype, f"that of the pages, {key_pages.dtype}")
     _require(dim == key_pages.shape[-1], "query's head_dim", dim, f"that of the keys, {key_pages.shape[-1]}")

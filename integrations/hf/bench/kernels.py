@@ -122,15 +122,16 @@ def host_seconds(scene: Scene, scale: Scale, calls: int = 50) -> float:
 
 
 def ceilings(scale: Scale) -> dict[str, float]:
-    """Bytes a second of a copy (read and written), and operations a second of a large product."""
-    source = torch.empty(scale.copy_bytes // 2, dtype=torch.uint8, device=scale.device)
+    """Bytes a second of a copy (read and written; the faster of two ways), operations a second of a large product."""
+    source = torch.empty(scale.copy_bytes // 8, dtype=torch.float32, device=scale.device)
     target = torch.empty_like(source)
-    copied = seconds_of(lambda _: target.copy_(source), scale, 4)
+    ways = (lambda _: target.copy_(source), lambda _: torch.neg(source, out=target))
+    copied = min(seconds_of(way, scale, 4) for way in ways)
     n = scale.matmul
     left, right = (torch.randn(n, n, dtype=scale.dtype, device=scale.device) for _ in range(2))
     product = torch.empty_like(left)
     multiplied = seconds_of(lambda _: torch.mm(left, right, out=product), scale, 8)
-    return {"copy_bytes_per_second": 2 * source.numel() / copied, "matmul_flops": 2 * n**3 / multiplied}
+    return {"copy_bytes_per_second": 2 * source.nbytes / copied, "matmul_flops": 2 * n**3 / multiplied}
 
 
 def measure_decode(scale: Scale, rows: int, context: int, copy: float) -> dict[str, Any]:
