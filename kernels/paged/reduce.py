@@ -85,7 +85,7 @@ def reduce_constants(shape: HeadShape, config: TileConfig, *, decode: bool, wind
         "VALUE_DIM": shape.value_dim,
         "BLOCK_V": padded(shape.value_dim),
         "BLOCK_N": config.block_n,
-        "BLOCK_P": 16,
+        "BLOCK_P": 32,
         "SPLIT": config.split,
         "WINDOWED": windowed and decode,
         "SINKS": sinks,

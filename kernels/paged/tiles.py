@@ -11,21 +11,16 @@ import triton.language as tl
 
 
 @triton.jit
-def load_pages(table, slots, begin, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pages of the slots from `begin` on: one where the tile lies on one page, else one a slot. Past `end`, page 0.
+def load_pages(table, slots, end, PAGE_SIZE: tl.constexpr):
+    """Page of each slot; past `end`, page 0: what stands behind a row's last page may be anything.
 
-    A page table is read up to `end` only: what stands behind a row's last page may be anything.
+    Also where a tile lies on one page: a single number would not be loaded ahead of the tile (1.5 times slower).
     """
-    if PAGE_SIZE >= BLOCK_N:
-        return tl.load(table + begin // PAGE_SIZE, mask=begin < end, other=0).to(tl.int64)
-    else:
-        return tl.load(table + (begin + slots) // PAGE_SIZE, mask=begin + slots < end, other=0)
+    return tl.load(table + slots // PAGE_SIZE, mask=slots < end, other=0)
 
 
 @triton.jit
-def slot_offsets(
-    pages, slots, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def slot_offsets(pages, slots, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr):
     """Where the slots' vectors begin in a layer `[num_pages, kv_heads, page_size, dim]`, for head 0."""
     return pages.to(tl.int64) * (KV_HEADS * PAGE_SIZE * DIM) + (slots % PAGE_SIZE) * DIM
 
@@ -92,13 +87,13 @@ def attend(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     v = tl.arange(0, BLOCK_V)
-    next_pages = load_pages(table, n, start, stop, PAGE_SIZE, BLOCK_N)
+    next_pages = load_pages(table, start + n, stop, PAGE_SIZE)
     for begin in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         slots = begin + n
         pages = next_pages  # one tile ahead: keys need not wait for them
-        next_pages = load_pages(table, n, begin + BLOCK_N, stop, PAGE_SIZE, BLOCK_N)
-        at_key = key_pages + slot_offsets(pages, slots, KV_HEADS, PAGE_SIZE, KEY_DIM, BLOCK_N)
-        at_value = value_pages + slot_offsets(pages, slots, KV_HEADS, PAGE_SIZE, VALUE_DIM, BLOCK_N)
+        next_pages = load_pages(table, slots + BLOCK_N, stop, PAGE_SIZE)
+        at_key = key_pages + slot_offsets(pages, slots, KV_HEADS, PAGE_SIZE, KEY_DIM)
+        at_value = value_pages + slot_offsets(pages, slots, KV_HEADS, PAGE_SIZE, VALUE_DIM)
         key_at, value_at = at_key[None, :] + d[:, None], at_value[:, None] + v[None, :]
         # What is not loaded is 0: a weight of 0 times NaN would be NaN.
         if MASKED:
