@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,7 @@ class Compiled:
         return self.shared <= TARGETS[self.target].shared
 
 
-def shapes(dims: Iterable[tuple[int, int]], groups: Iterable[int], pages: Iterable[int]) -> Iterator[HeadShape]:
-    """Shapes with eight KV heads, in 2 and 4 bytes an element."""
-    for key_dim, value_dim in dims:
-        for group in groups:
-            for page_size in pages:
-                for itemsize in (2, 4):
-                    yield HeadShape(group, 8, key_dim, value_dim, itemsize, page_size)
-
-
-def variants(shape: HeadShape, target: Target, plain_only: bool = False) -> Iterator[Variant]:
+def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     """All kernels that this shape takes on a card: plain, and with everything that can be asked for."""
     dtype = "bf16" if shape.itemsize == 2 else "fp32"
 
@@ -90,7 +81,7 @@ def variants(shape: HeadShape, target: Target, plain_only: bool = False) -> Iter
 
     config = decode_config(shape, target)
     configs = {few: extend_config(shape, target, few) for few in (True, False)}
-    for on in (False,) if plain_only else (False, True):
+    for on in (False, True):
         options = dict(windowed=on, sinks=on)
         yield made("decode", decode_constants(shape, config, capped=on, **options), config.warps, config.stages)
         yield made("reduce", reduce_constants(shape, config, decode=True, **options))
@@ -148,25 +139,24 @@ def _hip_usage(assembly: str) -> tuple[int | None, int | None]:
     return (int(registers[1]) if registers else None), (int(spilled[1]) if spilled else None)
 
 
-def report(chosen: Iterable[HeadShape], targets: Iterable[str], plain_only: bool = False) -> Iterator[Compiled]:
+def report(chosen: Collection[HeadShape], targets: Iterable[str]) -> Iterator[Compiled]:
     """Everything that these shapes take, each variant once a card."""
-    chosen = list(chosen)
     for target in targets:
-        wanted = {v: None for shape in chosen for v in variants(shape, TARGETS[target], plain_only)}
+        wanted = {v: None for shape in chosen for v in variants(shape, TARGETS[target])}
         for variant in wanted:
             yield compile_for(variant, target)
 
 
-# What models have: dims of keys and values, query heads a KV head, page sizes on either side of a tile's slots.
-DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-GROUPS = (1, 4, 8)
-PAGES = (1, 16, 128)
+# What changes tiles: dims of keys and values in 2 and 4 bytes, query heads a KV head. Page sizes change an index only.
+DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+SHAPES = tuple(HeadShape(4, 8, *dims, itemsize, 16) for dims in DIMS for itemsize in (2, 4))
+SHAPES += (HeadShape(1, 8, 96, 96, 2, 1), HeadShape(32, 2, 128, 128, 2, 256), HeadShape(71, 1, 64, 64, 2, 16))
 
 
 def main(arguments: list[str]) -> int:
     """Targets as arguments (default: all). A line of JSON a variant; 1 where one spills in decode or does not fit."""
     failed = False
-    for one in report(shapes(DIMS, GROUPS, PAGES), arguments or TARGETS):
+    for one in report(SHAPES, arguments or TARGETS):
         bad = not one.fits or (one.variant.kernel == "decode" and bool(one.spilled))
         failed |= bad
         print(json.dumps({**asdict(one), "bad": bad}), flush=True)
