@@ -150,7 +150,12 @@ def report(chosen: Collection[HeadShape], targets: Iterable[str]) -> Iterator[Co
 # What changes tiles: dims of keys and values in 2 and 4 bytes, query heads a KV head. Page sizes change an index only.
 DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
 SHAPES = tuple(HeadShape(4, 8, *dims, itemsize, 16) for dims in DIMS for itemsize in (2, 4))
-SHAPES += (HeadShape(1, 8, 96, 96, 2, 1), HeadShape(32, 2, 128, 128, 2, 256), HeadShape(71, 1, 64, 64, 2, 16))
+SHAPES += (
+    HeadShape(1, 8, 96, 96, 2, 1),
+    HeadShape(32, 2, 128, 128, 2, 256),
+    HeadShape(71, 1, 64, 64, 2, 16),
+    HeadShape(71, 1, 64, 64, 4, 16),
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -138,15 +138,15 @@ def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     A row of 32k slots alone is enough for about two programs a processor; rows are split alike in any batch.
     """
     block_m = max(16, power_of_two(shape.group))
-    block_n = max(16, min(128, power_of_two(32 * KIB // shape.slot_bytes)))
-    block_n, stages = _fit(shape, target, block_m, block_n, 3 if target.backend == "cuda" else 2)
+    block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), 16 * KIB // (block_m * shape.itemsize))
+    block_n, stages = _fit(shape, target, block_m, max(16, block_n), 3 if target.backend == "cuda" else 2)
     split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
-    warps = 4 if shape.slot_bytes <= KIB else 8
+    warps = 4 if shape.slot_bytes <= KIB and block_m < 64 else 8
     return TileConfig(block_m, block_n, max(split, block_n), warps, stages, _precision(shape, target))
 
 
 def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
-    """Several queries a row. `few`: those that `is_few` tells, mostly tokens to verify; memory counts there too."""
+    """Several queries a row. `few`: of `few_lines` at most, mostly tokens to verify; memory counts there too."""
     half = shape.itemsize <= 2
     large = max(padded(shape.key_dim), padded(shape.value_dim)) > 128
     if few:
