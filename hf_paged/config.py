@@ -43,7 +43,8 @@ class EngineConfig:
         disk_cache_bytes: what its files may have together.
         track_optimum: count what a prefix cache without limits would have found (`EngineStats.optimal_tokens`; it keeps
             all tokens ever served).
-        backend: `auto`, `torch` or `triton` for the attention ops. Only the torch ops exist yet.
+        backend: `auto`, `torch` or `triton` for the attention ops. `auto` takes Triton's where the device has them
+            (CUDA, ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
 
@@ -84,7 +85,6 @@ class EngineConfig:
         for name in ("prefix_caching", "track_optimum", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
-        require(self.backend != "triton", "backend", "triton", "the Triton kernels do not exist yet: auto or torch")
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> EngineConfig:

@@ -37,7 +37,6 @@ def test_defaults():
         ("seed", "x"),
         ("prefix_caching", 1),
         ("backend", "cuda"),
-        ("backend", "triton"),
         ("backend", None),
         ("check", 1),
     ],

@@ -1,11 +1,18 @@
-"""The same contract on a CUDA device: the torch path is right there, if not yet fast."""
+"""The same contract on a CUDA device, and the Triton kernels against the reference there."""
 
+import warnings
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from kernel_cases import Case, random_case
+from kernel_cases import make as make_step
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_paged
 from hf_paged import Engine, SamplingParams
+from hf_paged.kernels import choose_backend, paged_attention, write_kv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,3 +88,51 @@ def test_pool_is_a_fraction_of_free_memory():
     with Engine(make("llama"), memory_fraction=0.02) as engine:
         held = engine.stats().pages_total * engine.stats().page_bytes
         assert 0.01 * free < held <= 0.021 * free
+
+
+# -- the kernels
+
+NEAR = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+TREE = (-1, -1, 0, 1, 1, 4, 2, -1, 6)
+CASES = [
+    Case(rows=((0, None), (1300, None), (63, None)), dim=128, value_dim=128, group=4),
+    Case(rows=((900, None), (3, None)), page_size=1, group=7, kv_heads=1, dim=96, value_dim=40),
+    Case(rows=((700, None), (9, None)), page_size=256, window=133, sinks=True, softcap=2.0, dim=64, value_dim=64),
+    Case(rows=((0, 170), (150, 9)), page_size=32, dim=80, group=3, value_dim=80),
+    Case(rows=((0, 300), (77, 130)), page_size=16, dim=128, group=4, value_dim=128, window=90),
+    Case(rows=((90, 21), (5, 1)), page_size=2, window=7, group=1, kv_heads=3, dim=256, value_dim=256),
+    Case(rows=((1600, TREE), (0, TREE[:4])), page_size=64, dim=128, value_dim=128, group=4),
+    Case(rows=((60, TREE), (20, TREE[:4]), (9, 3), (40, None)), page_size=4, window=6, softcap=2.0, sinks=True),
+]
+
+
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_kernels_equal_the_reference(case, dtype):
+    step = make_step(replace(case, dtype=dtype, device="cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        got = paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
+    torch.testing.assert_close(got.cpu().float(), step.expected(), atol=NEAR[dtype], rtol=NEAR[dtype])
+    assert choose_backend("auto", "cuda")[0] == "triton"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decode", "extend", "tree", "any"])
+def test_many_random_steps(kind):
+    for seed in range(25):
+        case = random_case(np.random.default_rng(seed), kind, longest=700, dims=(16, 64, 96, 128))
+        step = make_step(replace(case, device="cuda"))
+        got = paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
+        torch.testing.assert_close(got.cpu(), step.expected(), atol=2e-5, rtol=2e-5)
+
+
+def test_new_keys_and_values_are_stored():
+    step = make_step(Case(rows=((5, None), (20, 30)), device="cuda", dtype=torch.bfloat16))
+    keys, values = step.keys.clone(), step.values.clone()
+    key, value = (torch.randn(2, 31, 16, device="cuda").bfloat16().transpose(0, 1) for _ in range(2))
+    write_kv(key, value, keys, values, step.rows)
+    page, offset = step.rows.slots // 16, step.rows.slots % 16
+    step.keys[page, :, offset], step.values[page, :, offset] = key, value
+    assert torch.equal(keys.nan_to_num(7.0), step.keys.nan_to_num(7.0))
+    assert torch.equal(values.nan_to_num(7.0), step.values.nan_to_num(7.0))

@@ -1,5 +1,6 @@
 """Paged attention against the obvious reference, over odd shapes, with poisoned pages that no row uses."""
 
+import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -104,7 +105,9 @@ def test_slot_zero_takes_what_goes_nowhere():
     assert keys[1:].abs().sum() == 0 and keys[0, 0, 0].sum() == 4
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_backend_says_why(device):
     name, reason = choose_backend("auto", device)
-    assert name == "torch" and reason
+    there = device == "cuda" and importlib.util.find_spec("triton") is not None
+    assert name == ("triton" if there else "torch") and reason
+    assert choose_backend("torch", device)[0] == "torch"

@@ -67,7 +67,7 @@ class NativeElementwise(TorchElementwise):
 
 
 def elementwise_backend(weight: torch.Tensor, backend: str) -> TorchElementwise:
-    """Compiled ops where they serve a model of such weights and `backend` is not `torch`."""
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and backend != "torch"
+    """Compiled ops where they serve a model of such weights and `backend` is `auto`."""
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and backend == "auto"
     ops = native_ops() if fits else None
     return TorchElementwise() if ops is None else NativeElementwise(ops)

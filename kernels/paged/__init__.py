@@ -6,24 +6,8 @@ Only torch is imported here; a backend is imported when it is first chosen. Layo
 
 from __future__ import annotations
 
+from hf_paged.kernels.backends import choose_backend, runs_triton, with_fallback
 from hf_paged.kernels.rows import PagedRows
-
-
-def choose_backend(wanted: str, device_type: str) -> tuple[str, str]:
-    """Name of the backend to use, and why.
-
-    Args:
-        wanted: `auto`, `torch` or `triton`.
-        device_type: type of the model's device, as in `torch.device.type`.
-    """
-    if wanted == "torch":
-        return "torch", "asked for"
-    if device_type == "cpu":
-        from hf_paged.kernels.native import native_status
-
-        ops, how = native_status()
-        return "torch", f"the model is on a CPU; {'float32 ops ' if ops else 'no compiled ops: '}{how}"
-    return "torch", f"there are no Triton kernels yet (the model is on {device_type})"
 
 
 def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:
@@ -35,10 +19,20 @@ def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:
         key_pages: `[num_pages, kv_heads, page_size, head_dim]`, written in place.
         value_pages: `[num_pages, kv_heads, page_size, value_dim]`, written in place.
         rows: the step's rows; `rows.slots` says where (slots of page 0 take what must go nowhere).
+
+    Raises:
+        ValueError: keys and values differ from their pages in dtype (where the Triton kernels run).
     """
     from hf_paged.kernels.write import write_kv as run
 
-    run(key, value, key_pages, value_pages, rows)
+    tensors = key, value, key_pages, value_pages, rows
+    if runs_triton(key_pages.device.type, rows.backend):
+        from hf_paged.kernels import triton_path
+
+        if triton_path.serves(key_pages.shape[1], key_pages, value_pages):
+            triton_path.check_new(key, value, key_pages, value_pages)
+            return with_fallback(triton_path.write_kv, run, *tensors)
+    run(*tensors)
 
 
 def paged_attention(
@@ -60,12 +54,21 @@ def paged_attention(
 
     Returns:
         `[tokens, heads, value_dim]`, in the query's dtype.
+
+    Raises:
+        ValueError: queries and pages differ in dtype or head_dim (where the Triton kernels run).
     """
     from hf_paged.kernels.torch_path import paged_attention as run
 
-    return run(
-        query, key_pages, value_pages, rows, scale=scale, window=window, softcap=softcap, sinks=sinks, fresh=fresh
-    )
+    tensors = query, key_pages, value_pages, rows
+    options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, fresh=fresh)
+    if runs_triton(query.device.type, rows.backend):
+        from hf_paged.kernels import triton_path
+
+        if triton_path.serves(query.shape[1], key_pages, value_pages):
+            triton_path.check(query, key_pages, value_pages, scale)
+            return with_fallback(triton_path.paged_attention, run, *tensors, **options)
+    return run(*tensors, **options)
 
 
 __all__ = ["PagedRows", "choose_backend", "paged_attention", "write_kv"]

@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,34 +21,13 @@ import numpy as np
 import torch
 
 from hf_paged.kernels.groups import Groups
+from hf_paged.kernels.seen import Seen
 
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 # Sums may be reordered, but infinities stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
 EXACT = {"sampling": ("-fno-fast-math", "-ffp-contract=off")}  # here what is compared is rounded as torch rounds it
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """Which slots of which line of a page table each query sees. All arrays are int64 `[queries]`.
-
-    Attributes:
-        line_of, context: query `i` sees the first `context[i]` slots of line `line_of[i]`,
-        begin: but those before `begin[i]` (None: from the first),
-        visible, base: and, where draft tokens branch, what `TreeMask` says.
-    """
-
-    line_of: np.ndarray
-    context: np.ndarray
-    begin: np.ndarray | None = None
-    visible: np.ndarray | None = None
-    base: np.ndarray | None = None
-
-    def first(self, n: int) -> Seen:
-        """The same for the first `n` queries."""
-        parts = (self.line_of, self.context, self.begin, self.visible, self.base)
-        return Seen(*(None if part is None else part[:n] for part in parts))
 
 
 def _address(array: np.ndarray | None) -> int | None:

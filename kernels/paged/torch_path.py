@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
 from hf_paged.kernels.groups import build_groups
-from hf_paged.kernels.native import GroupedStep, NativeOps, Seen, native_ops
+from hf_paged.kernels.native import GroupedStep, NativeOps, native_ops
 from hf_paged.kernels.rows import ALL, PagedRows, TreeMask
+from hf_paged.kernels.seen import build_seen, within
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
 
 # Tokens of context up to which the queries of a longer row are computed one by one.
@@ -27,7 +28,7 @@ def paged_attention(
         step = _grouped_step(rows, window)
         if step is not None:
             return native.grouped(query, key_pages, value_pages, step, scale, softcap, sinks)
-        seen = rows.derived(("seen", window), lambda: _seen(rows, window))
+        seen = rows.derived(("seen", window), lambda: build_seen(rows, window))
         n = rows.derived("short", lambda: _short(rows))
         at = key_pages, value_pages, rows.page_table
         first = native.attention(query[:n], *at, seen.first(n), scale, softcap, sinks) if n else None
@@ -71,7 +72,7 @@ def _grouped_step(rows: PagedRows, window: int | None) -> GroupedStep | None:
 
     def make() -> GroupedStep | None:
         groups = build_groups(rows)
-        return None if groups is None else GroupedStep(rows.page_table, _seen(rows, None), groups)
+        return None if groups is None else GroupedStep(rows.page_table, build_seen(rows, None), groups)
 
     return rows.derived("grouped", make)
 
@@ -82,35 +83,6 @@ def _short(rows: PagedRows) -> int:
     long = (rows.query_lens > FEW_QUERIES) & (rows.context_lens > ONE_BY_ONE)
     rows_before = int(long.argmax()) if long.any() else len(long)
     return int(rows.query_lens[:rows_before].sum())
-
-
-def _seen(rows: PagedRows, window: int | None) -> Seen:
-    """What each query of the step sees."""
-    line_of = np.repeat(np.arange(len(rows.query_lens)), rows.query_lens)
-    ends = np.cumsum(rows.query_lens)
-    context = (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)
-    tree = rows.tree
-    if tree is None:
-        begin = None if window is None else np.maximum(context - window, 0)
-        return Seen(line_of, context, begin)
-    visible, begin = tree.visible, None
-    if window is not None:
-        plain = visible == ALL
-        begin = np.maximum(np.where(plain, context, tree.positions + 1) - window, 0)
-        begin = np.where(plain, begin, np.minimum(begin, tree.base))
-        visible = _within(tree, window)
-    return Seen(line_of, context, begin, visible, tree.base)
-
-
-def _within(tree: TreeMask, window: int) -> np.ndarray:
-    """`tree.visible` without what lies before a window. A bit's position is its depth: how many bits its query sees."""
-    visible = tree.visible.copy()
-    for i in np.flatnonzero(visible != ALL).tolist():
-        bits, excess = int(visible[i]), int(tree.positions[i] - tree.base[i]) + 1 - window
-        for _ in range(max(excess, 0)):  # of a path the lowest bits come first
-            bits &= bits - 1
-        visible[i] = bits
-    return visible
 
 
 def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) -> torch.Tensor:
@@ -187,7 +159,7 @@ def _mask(
     key = np.arange(context)
     seen = key <= query
     if tree is not None:
-        visible = tree.visible if window is None else _within(tree, window)
+        visible = tree.visible if window is None else within(tree, window)
         beyond = key - tree.base[:, None]
         seen &= (beyond < 0) | ((visible[:, None] >> np.clip(beyond, 0, 63)) & 1).astype(bool)
         query = tree.positions[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, bench_prefix, bench_speculation, demo, generate, info
+from hf_paged.integrations.cli import bench, bench_kernels, bench_prefix, bench_speculation, demo, generate, info
 
 app = typer.Typer(
     name="hf-paged",
@@ -19,6 +19,7 @@ app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="speculation")(bench_speculation.speculation)
+bench.app.command(name="kernels")(bench_kernels.kernels)
 app.add_typer(bench.app, name="bench")
 
 

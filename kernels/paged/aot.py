@@ -1,0 +1,172 @@
+"""Compile the kernels for cards that are not there: `python -m hf_paged.kernels.aot`.
+
+For every configuration that `launch.py` chooses: registers, bytes of shared memory, bytes that spill. Triton ships the
+compilers for NVIDIA's and AMD's cards; no device is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_paged.kernels.decode import decode_constants, decode_kernel
+from hf_paged.kernels.extend import extend_constants, extend_kernel
+from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config
+from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
+from hf_paged.kernels.write_triton import write_constants, write_kernel
+
+TARGETS = {
+    "sm_80": Target("cuda", "sm_80", 108),
+    "sm_90": Target("cuda", "sm_90", 132),
+    "sm_100": Target("cuda", "sm_100", 148),
+    "gfx942": Target("hip", "gfx942", 304),
+}
+# Arguments that are no constants, by kernel: `T` is the model's dtype; `/16` says that it is a multiple of 16.
+_TILES = "scale:fp32 cap:fp32 stride_token:i32/16 stride_head:i32/16"
+ARGUMENTS = {
+    "decode": "query:*T key_pages:*T value_pages:*T table:*i32 context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
+    "rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
+    "extend": "query:*T key_pages:*T value_pages:*T table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
+    "stats:*fp32 width:i32 window:i32 " + _TILES,
+    "reduce": "parts:*fp32 stats:*fp32 lines:*i32 sinks:*T out:*T splits:i32 window:i32",
+    "write": "key:*T value:*T key_pages:*T value_pages:*T slots:*i64 key_token:i32/16 key_head:i32/16 "
+    "value_token:i32/16 value_head:i32/16",
+}
+KERNELS = {"decode": decode_kernel, "extend": extend_kernel, "reduce": reduce_kernel, "write": write_kernel}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is compiled: `constants` as sorted pairs, `dtype` `bf16`, `fp16` or `fp32`."""
+
+    kernel: str
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a variant came to on a card. `registers` a thread, `spilled` bytes a thread (None: not told)."""
+
+    target: str
+    variant: Variant
+    shared: int
+    registers: int | None
+    spilled: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= TARGETS[self.target].shared
+
+
+def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
+    """All kernels that this shape takes on a card: plain, and with everything that can be asked for."""
+    dtype = "bf16" if shape.itemsize == 2 else "fp32"
+
+    def made(kernel: str, constants: dict, warps: int = 4, stages: int = 3) -> Variant:
+        return Variant(kernel, dtype, tuple(sorted(constants.items())), warps, stages)
+
+    config = decode_config(shape, target)
+    configs = {few: extend_config(shape, target, few) for few in (True, False)}
+    for on in (False, True):
+        options = dict(windowed=on, sinks=on)
+        yield made("decode", decode_constants(shape, config, capped=on, **options), config.warps, config.stages)
+        yield made("reduce", reduce_constants(shape, config, decode=True, **options))
+        for few, chosen in configs.items():
+            constants = extend_constants(shape, chosen, tree=on and few, capped=on, **options)
+            yield made("extend", constants, chosen.warps, chosen.stages)
+            yield made("reduce", reduce_constants(shape, chosen, decode=False, **options))
+    yield made("write", write_constants(shape))
+
+
+def _source(variant: Variant) -> ASTSource:
+    kernel, constants = KERNELS[variant.kernel], dict(variant.constants)
+    arguments = dict(pair.split(":") for pair in ARGUMENTS[variant.kernel].split())
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        kind = arguments.get(name, "constexpr")
+        if kind.startswith("*") or kind.endswith("/16"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        signature[name] = kind.removesuffix("/16").replace("T", variant.dtype)
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compile_for(variant: Variant, target: str) -> Compiled:
+    """Compile for a card of `TARGETS`.
+
+    Raises:
+        RuntimeError, triton.TritonError: it does not compile.
+    """
+    card = TARGETS[target]
+    cuda = card.backend == "cuda"
+    gpu = GPUTarget("cuda", int(card.arch[3:]), 32) if cuda else GPUTarget("hip", card.arch, 64)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    made = triton.compile(_source(variant), target=gpu, options=options)
+    registers, spilled = _cuda_usage(made.asm["cubin"]) if cuda else _hip_usage(made.asm["amdgcn"])
+    return Compiled(target, variant, made.metadata.shared, registers, spilled)
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers, and bytes of stack: the kernels have no arrays of their own, so what is there has spilled."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def _hip_usage(assembly: str) -> tuple[int | None, int | None]:
+    """Vector registers, and bytes of scratch memory."""
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    spilled = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    return (int(registers[1]) if registers else None), (int(spilled[1]) if spilled else None)
+
+
+def report(chosen: Collection[HeadShape], targets: Iterable[str]) -> Iterator[Compiled]:
+    """Everything that these shapes take, each variant once a card."""
+    for target in targets:
+        wanted = {v: None for shape in chosen for v in variants(shape, TARGETS[target])}
+        for variant in wanted:
+            yield compile_for(variant, target)
+
+
+# What changes tiles: dims of keys and values in 2 and 4 bytes, query heads a KV head. Page sizes change an index only.
+DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+SHAPES = tuple(HeadShape(4, 8, *dims, itemsize, 16) for dims in DIMS for itemsize in (2, 4))
+SHAPES += (
+    HeadShape(1, 8, 96, 96, 2, 1),
+    HeadShape(32, 2, 128, 128, 2, 256),
+    HeadShape(71, 1, 64, 64, 2, 16),
+    HeadShape(71, 1, 64, 64, 4, 16),
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Targets as arguments (default: all). A line of JSON a variant; 1 where one spills in decode or does not fit."""
+    failed = False
+    for one in report(SHAPES, arguments or TARGETS):
+        bad = not one.fits or (one.variant.kernel == "decode" and bool(one.spilled))
+        failed |= bad
+        print(json.dumps({**asdict(one), "bad": bad}), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""How the Triton kernels are launched: shape, dtype and card → tile sizes, splits, warps, stages. Pure functions.
+
+Nothing here depends on how many rows a step has: a row's result must not depend on the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+KIB = 1024
+# Shared memory that one program may have.
+SHARED = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB}
+SHARED |= {"sm_75": 64 * KIB, "sm_120": 99 * KIB}
+LEAST_SHARED = 64 * KIB  # of cards that are not named: gfx942 has it, and so have Intel's
+LARGEST_BYTES = 1024  # of a head's key or value
+LARGEST_GROUP = 128  # query heads a KV head
+
+
+@dataclass(frozen=True)
+class Target:
+    """A card: `cuda`, `hip` or `xpu`, its architecture (`sm_90`, `gfx942`, ...) and how many processors it has."""
+
+    backend: str
+    arch: str
+    processors: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that one program may have."""
+        if self.backend != "cuda" or self.arch in SHARED:
+            return SHARED.get(self.arch, LEAST_SHARED)
+        return SHARED["sm_90"] if self.arch.startswith(("sm_10", "sm_11")) else SHARED["sm_86"]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Attention of one layer: `group` query heads a KV head, of `kv_heads`; elements of `itemsize` bytes."""
+
+    group: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    page_size: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot's key and value in a tile."""
+        return (padded(self.key_dim) + padded(self.value_dim)) * self.itemsize
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is launched.
+
+    Attributes:
+        block_m: lines of a tile: queries times query heads a KV head.
+        block_n: slots of a tile.
+        split: slots that one program reads of a row's, a multiple of `block_n`.
+        warps, stages: as Triton has them.
+        precision: of products of float32.
+    """
+
+    block_m: int
+    block_n: int
+    split: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded(dim: int) -> int:
+    """Elements of a head in a tile: what Triton's products take."""
+    return max(16, power_of_two(dim))
+
+
+def head_shape(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> HeadShape:
+    """Shape of the attention of `heads` query heads over a layer's pages."""
+    _, kv_heads, size, key_dim = key_pages.shape
+    return HeadShape(heads // kv_heads, kv_heads, key_dim, value_pages.shape[-1], key_pages.element_size(), size)
+
+
+def tile_constants(shape: HeadShape, config: TileConfig) -> dict:
+    """What every kernel that works on tiles is compiled for."""
+    return {
+        "GROUP": shape.group,
+        "KV_HEADS": shape.kv_heads,
+        "PAGE_SIZE": shape.page_size,
+        "KEY_DIM": shape.key_dim,
+        "VALUE_DIM": shape.value_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": padded(shape.key_dim),
+        "BLOCK_V": padded(shape.value_dim),
+        "PRECISION": config.precision,
+        "STAGES": config.stages,
+    }
+
+
+def unsupported(shape: HeadShape) -> str | None:
+    """Why the kernels do not take this shape; None where they do."""
+    if shape.page_size & (shape.page_size - 1):
+        return f"page_size {shape.page_size} is not a power of two"
+    largest = max(shape.key_dim, shape.value_dim)
+    if largest * shape.itemsize > LARGEST_BYTES:
+        return f"head_dim {largest} is over {LARGEST_BYTES // shape.itemsize}"
+    if shape.group > LARGEST_GROUP:
+        return f"{shape.group} query heads a KV head are more than {LARGEST_GROUP}"
+    return None
+
+
+def tile_bytes(shape: HeadShape, block_m: int, block_n: int, stages: int) -> int:
+    """Shared memory of one program, at most: tiles of keys and values in flight, queries, weights."""
+    held = block_m * (padded(shape.key_dim) + block_n) * shape.itemsize
+    return stages * block_n * shape.slot_bytes + held
+
+
+def _fit(shape: HeadShape, target: Target, block_m: int, block_n: int, stages: int) -> tuple[int, int]:
+    """`block_n` and `stages`, smaller until a program's tiles lie in shared memory."""
+    while tile_bytes(shape, block_m, block_n, stages) > target.shared and (stages > 1 or block_n > 16):
+        if stages > 2 or block_n == 16:
+            stages -= 1
+        else:
+            block_n //= 2
+    return block_n, stages
+
+
+def decode_config(shape: HeadShape, target: Target) -> TileConfig:
+    """One query a row: memory is what counts. Tiles of 32 KiB, of which several are on their way.
+
+    A row of 32k slots alone is enough for about two programs a processor; rows are split alike in any batch.
+    """
+    block_m = max(16, power_of_two(shape.group))
+    block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), 16 * KIB // (block_m * shape.itemsize))
+    block_n, stages = _fit(shape, target, block_m, max(16, block_n), 3 if target.backend == "cuda" else 2)
+    split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
+    warps = 4 if shape.slot_bytes <= KIB and block_m < 64 else 8
+    return TileConfig(block_m, block_n, max(split, block_n), warps, stages, _precision(shape, target))
+
+
+def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
+    """Several queries a row. `few`: of `few_lines` at most, mostly tokens to verify; memory counts there too."""
+    half = shape.itemsize <= 2
+    large = max(padded(shape.key_dim), padded(shape.value_dim)) > 128
+    if few:
+        block_m = max(few_lines(shape, target), power_of_two(shape.group))
+        block_n = max(16, min(64, power_of_two(32 * KIB // shape.slot_bytes)))
+        stages, warps = 3, 4 if shape.slot_bytes <= KIB else 8
+    else:
+        block_m = max(32 if not half else 64 if large else 128, power_of_two(shape.group))
+        block_n = 64 if half and not large else 32
+        stages, warps = 3, 8 if half or shape.slot_bytes > KIB else 4
+    if target.backend != "cuda":
+        stages = 2
+    block_n, stages = _fit(shape, target, block_m, block_n, stages)
+    return TileConfig(block_m, block_n, 1024, warps, stages, _precision(shape, target))
+
+
+def few_lines(shape: HeadShape, target: Target) -> int:
+    """Lines (queries times query heads a KV head) up to which a row's queries are few."""
+    return 64 if shape.itemsize <= 2 else 16
+
+
+def _precision(shape: HeadShape, target: Target) -> str:
+    """Of products of float32.
+
+    NVIDIA's matrix units have none: three of TF32 are as good (Ootomo and Yokota, 2022). Exact ones, made of scalar
+    products, keep whole tiles in registers and spill by kilobytes.
+    """
+    return "tf32x3" if shape.itemsize == 4 and target.backend == "cuda" else "ieee"

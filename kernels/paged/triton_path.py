@@ -1,0 +1,122 @@
+"""Paged attention and the storing of KV by Triton kernels: tensors are checked here, a step is taken apart here."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from hf_paged.kernels.decode import decode
+from hf_paged.kernels.extend import extend
+from hf_paged.kernels.launch import Target, decode_config, extend_config, few_lines, head_shape, unsupported
+from hf_paged.kernels.rows import ALL, PagedRows
+from hf_paged.kernels.seen import Seen, build_seen
+from hf_paged.kernels.worklist import StepTensors, step_tensors, work_list
+from hf_paged.kernels.write_triton import write
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = Target("cuda", "sm_90", 132)
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The card that `device` is; on a CPU, where the interpreter runs, an H100."""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return Target("hip", facts.gcnArchName.split(":")[0], facts.multi_processor_count)
+        return Target("cuda", f"sm_{facts.major}{facts.minor}", facts.multi_processor_count)
+    if device.type == "xpu":
+        return Target("xpu", "xpu", torch.xpu.get_device_properties(device).gpu_subslice_count)
+    return INTERPRETED
+
+
+def serves(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> bool:
+    """Whether the kernels take such pages under so many query heads."""
+    floats = key_pages.dtype == value_pages.dtype and key_pages.dtype in DTYPES
+    return floats and unsupported(head_shape(heads, key_pages, value_pages)) is None
+
+
+def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scale: float = 1.0) -> None:
+    """Refuse what would give wrong numbers.
+
+    Raises:
+        ValueError: dtypes or dims do not go together, pages are not contiguous, or the scale is not over 0.
+    """
+    _require(scale > 0, "scale", scale, "a number over 0")
+    heads, dim = query.shape[1:]
+    _require(query.dtype == key_pages.dtype, "query.dtype", query.dtype, f"that of the pages, {key_pages.dtype}")
+    _require(dim == key_pages.shape[-1], "query's head_dim", dim, f"that of the keys, {key_pages.shape[-1]}")
+    kv_heads = key_pages.shape[1]
+    _require(heads % kv_heads == 0, "query's heads", heads, f"a multiple of the {kv_heads} KV heads")
+    for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
+        _require(pages.is_contiguous(), f"{name}.stride()", pages.stride(), "contiguous pages")
+
+
+def check_new(key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor) -> None:
+    """The same for new keys and values."""
+    check(key, key_pages, value_pages)
+    _require(value.dtype == value_pages.dtype, "value.dtype", value.dtype, f"that of the pages, {value_pages.dtype}")
+    wanted = (*key.shape[:2], value_pages.shape[-1])
+    _require(value.shape == wanted, "value.shape", tuple(value.shape), f"{wanted}")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value} is not allowed: {allowed}")
+
+
+def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:
+    """See `hf_paged.kernels.write_kv`."""
+    if len(key):
+        slots = rows.slots.contiguous()
+        write(_inner(key), _inner(value), key_pages, value_pages, slots)
+
+
+def paged_attention(
+    query, key_pages, value_pages, rows: PagedRows, *, scale, window=None, softcap=None, sinks=None, fresh=None
+) -> torch.Tensor:
+    """See `hf_paged.kernels.paged_attention`. `fresh` is not looked at: it lies in pages as well."""
+    query, device, n = _inner(query), query.device, rows.num_decodes
+    tokens, heads, _ = query.shape
+    out = query.new_empty(tokens, heads, value_pages.shape[-1])
+    step: StepTensors = rows.derived(("step", device), lambda: step_tensors(rows, device))
+    shape, target = head_shape(heads, key_pages, value_pages), target_of(device)
+    options = dict(scale=scale, window=window, softcap=softcap, sinks=None if sinks is None else sinks.contiguous())
+    if n:
+        longest = rows.derived("longest", lambda: int(rows.context_lens[:n].max()))
+        config = decode_config(shape, target)
+        at = step.table, step.context
+        decode(query[:n], key_pages, value_pages, *at, out[:n], config, longest=longest, **options)
+    if n < tokens:
+        for few in (True, False):
+            config = extend_config(shape, target, few)
+
+            def work(few=few, config=config):
+                chosen = _chosen(rows, few_lines(shape, target) // shape.group, few)
+                return work_list(rows, chosen, config, shape.group, window, _branches(rows, window), device)
+
+            items = rows.derived(("work", window, shape.group, config, few), work)
+            if items is not None:
+                extend(query, key_pages, value_pages, step.table, items, out, config, **options)
+    return out
+
+
+def _chosen(rows: PagedRows, few_queries: int, few: bool) -> np.ndarray:
+    """Places of the rows behind the decodes that have few queries, or of the others."""
+    is_few = rows.query_lens <= max(few_queries, 1)
+    is_few[: rows.num_decodes] = not few
+    return np.flatnonzero(is_few == few)
+
+
+def _branches(rows: PagedRows, window: int | None) -> Seen | None:
+    """What each query sees, where drafts branch."""
+    if rows.tree is None or (rows.tree.visible == ALL).all():
+        return None
+    return rows.derived(("seen", window), lambda: build_seen(rows, window))
+
+
+def _inner(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the elements of a head one after another."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,162 @@
+"""What the kernels must know of a step, as tensors on the device: made once a step, copied at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hf_paged.kernels.launch import TileConfig
+from hf_paged.kernels.rows import ALL, PagedRows
+from hf_paged.kernels.seen import Seen
+
+# Fields of an item, int32:
+#   row: line of the page table.
+#   token, count: its first query among the step's, and how many it has.
+#   own: slots that its first query sees (the next sees one more).
+#   start, clear, full, stop: slots that it reads; all its queries see those from clear to full. Multiples of block_n,
+#       but for stop.
+#   part: its first line among the parts; -1: it is no part.
+FIELDS = 9
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor there; on CUDA nothing waits for the copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class StepTensors:
+    """The page table and the context of every row: int32 `[rows, width]` and `[rows]`."""
+
+    table: torch.Tensor
+    context: torch.Tensor
+
+
+def step_tensors(rows: PagedRows, device: torch.device) -> StepTensors:
+    """One copy for both."""
+    count, width = rows.page_table.shape
+    packed = np.concatenate([rows.context_lens, rows.page_table.reshape(-1)]).astype(np.int32)
+    packed = to_device(packed, device)
+    return StepTensors(packed[count:].view(count, width), packed[:count])
+
+
+@dataclass(frozen=True, eq=False)
+class WorkList:
+    """What `extend` computes.
+
+    Attributes:
+        items: int32 `[n, 9]`, most work first.
+        merges: int32 `[m, 4]`, for queries whose rows are split: place, first line, how far lines are apart, lines.
+        lines: lines of all parts.
+        seen: int64 `[tokens, 4]`, low, high, base and visible bits of each query; None where no drafts branch.
+    """
+
+    items: torch.Tensor
+    merges: torch.Tensor
+    lines: int
+    seen: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Tiles of queries, arrays int64 `[tiles]`; fields as those of an item. `of_row`: how many tiles the row has."""
+
+    row: np.ndarray
+    token: np.ndarray
+    count: np.ndarray
+    own: np.ndarray
+    of_row: np.ndarray
+
+
+def _tiles(rows: PagedRows, chosen: np.ndarray, queries: int) -> _Tiles:
+    """The chosen rows' queries, `queries` at a time."""
+    lens = rows.query_lens[chosen]
+    counts = -(-lens // queries)
+    at = np.repeat(np.arange(len(chosen)), counts)
+    first = (np.arange(len(at)) - (np.cumsum(counts) - counts)[at]) * queries
+    starts = (np.cumsum(rows.query_lens) - rows.query_lens)[chosen]
+    own = (rows.context_lens[chosen] - lens)[at] + first + 1
+    return _Tiles(chosen[at], starts[at] + first, np.minimum(queries, lens[at] - first), own, counts[at])
+
+
+def _ranges(
+    tiles: _Tiles, block: int, window: int | None, seen: Seen | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """start, clear, full and stop of every tile."""
+    stop = tiles.own + tiles.count - 1
+    low = high_low = np.zeros_like(stop)
+    full = tiles.own
+    if window is not None:
+        low, high_low = np.maximum(tiles.own - window, 0), np.maximum(stop - window, 0)
+    if seen is not None:
+        edges = np.stack([tiles.token, tiles.token + tiles.count], 1).reshape(-1)
+        full = _of_tiles(np.minimum, np.where(seen.visible == ALL, seen.context, seen.base), edges)
+        if window is not None:
+            low = _of_tiles(np.minimum, seen.begin, edges)
+            high_low = _of_tiles(np.maximum, seen.begin, edges)
+    start, clear, full = low // block * block, -(-high_low // block) * block, full // block * block
+    none = clear >= full
+    return start, np.where(none, start, clear), np.where(none, start, full), stop
+
+
+def _of_tiles(best: np.ufunc, values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The least or largest value of each tile's queries; `edges`: first query and last + 1, tile by tile."""
+    return best.reduceat(np.append(values, values[-1:]), edges)[::2]
+
+
+def build_work(
+    rows: PagedRows, chosen: np.ndarray, config: TileConfig, group: int, window: int | None, seen: Seen | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Items, merges and lines (see `WorkList`) of the chosen rows.
+
+    A row of `t` tiles is split every `t * config.split` slots: few queries over many slots are many programs as well,
+    and parts stay few. Which, depends on the row alone.
+
+    Args:
+        chosen: int64, places of rows. seen: what each query of the step sees, where drafts branch.
+    """
+    tiles = _tiles(rows, chosen, config.block_m // group)
+    start, clear, full, stop = _ranges(tiles, config.block_n, window, seen)
+    size = config.split * tiles.of_row
+    parts = np.maximum(-(-(stop - start) // size), 1)
+    lines = np.where(parts > 1, parts * tiles.count, 0)
+    line = np.cumsum(lines) - lines
+    at = np.repeat(np.arange(len(parts)), parts)
+    number = np.arange(len(at)) - (np.cumsum(parts) - parts)[at]
+    begin = start[at] + number * size[at]
+    end = np.minimum(begin + size[at], stop[at])
+    part = np.where(parts[at] > 1, line[at] + number * tiles.count[at], -1)
+    clear, full = (np.clip(edge[at], begin, end) for edge in (clear, full))
+    fields = [tiles.row[at], tiles.token[at], tiles.count[at], tiles.own[at], begin, clear, full, end, part]
+    items = np.stack(fields, 1)[np.argsort(begin - end, kind="stable")]
+    split = np.flatnonzero(parts > 1)
+    of = np.repeat(split, tiles.count[split])
+    place = np.arange(len(of)) - (np.cumsum(tiles.count[split]) - tiles.count[split])[np.searchsorted(split, of)]
+    merges = np.stack([tiles.token[of] + place, line[of] + place, tiles.count[of], parts[of]], 1)
+    return items, merges, int(lines.sum())
+
+
+def work_list(
+    rows: PagedRows,
+    chosen: np.ndarray,
+    config: TileConfig,
+    group: int,
+    window: int | None,
+    seen: Seen | None,
+    device: torch.device,
+) -> WorkList | None:
+    """`build_work` on the device, one copy; None where no chosen row has a query."""
+    items, merges, lines = build_work(rows, chosen, config, group, window, seen)
+    if not len(items):
+        return None
+    packed = to_device(np.concatenate([items.reshape(-1), merges.reshape(-1)]).astype(np.int32), device)
+    count, mask = items.size, None
+    if seen is not None:
+        begin = np.zeros_like(seen.context) if seen.begin is None else seen.begin
+        mask = to_device(np.stack([begin, seen.context, seen.base, seen.visible], 1), device)
+    return WorkList(packed[:count].view(-1, FIELDS), packed[count:].view(-1, 4), lines, mask)
