@@ -143,8 +143,10 @@ class Speculator:
 
     @staticmethod
     def _reader(row: Row) -> Hashable:
-        """Who may see a row's text: rows of the same salt, or the row alone where its request shares nothing. (Whether the
-        engine shares KV does not matter.)"""
+        """Who may see a row's text: rows of the same salt, or the row alone where its request shares nothing.
+
+        Whether the engine shares KV does not matter.
+        """
         return row if row.request.params.prefix_caching is False else row.salt
 
     def _with_odds(self, planned: PlanRow, proposal: Proposal) -> Proposal:

@@ -1,4 +1,4 @@
-"""Compiled products of a few lines on a CPU, over weights where they lie: `csrc/products.c`. Optional, as all of `native.py`."""
+"""Compiled products of a few lines on a CPU, over weights where they lie: `csrc/products.c`. Optional."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled draws on a CPU: what `csrc/sampling.c` does, for tensors. Optional, as all of `native.py`."""
+"""Compiled draws on a CPU: what `csrc/sampling.c` does, for tensors. Optional."""
 
 from __future__ import annotations
 

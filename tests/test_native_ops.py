@@ -1,0 +1,105 @@
+"""Compiled draws and products of few lines, against torch's."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_filters import params_strategy, random_scores, tensors
+
+from hf_paged import filters
+from hf_paged.kernels.native_products import FEW, product_ops
+from hf_paged.kernels.native_sampling import sampling_ops
+from hf_paged.noise import gumbel, seed_bits
+from hf_paged.params import SamplingParams
+from hf_paged.sampling import SamplingRow
+from hf_paged.speculation import choose as choosing
+
+pytestmark = pytest.mark.skipif(sampling_ops() is None, reason="no C compiler: nothing is compiled")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    params=st.lists(params_strategy, min_size=1, max_size=5),
+    vocab=st.sampled_from([1, 3, 31, 32, 33, 65, 300, 2000]),
+    spread=st.sampled_from([0.1, 1.0, 6.0]),
+    rounded=st.booleans(),
+    holes=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_draws_are_those_of_torch(params, vocab, spread, rounded, holes, seed):
+    scores = random_scores(seed, len(params), vocab, spread, rounded, holes)
+    given_params = tensors(params, len(params))
+    tokens, tops = sampling_ops().draw(scores, *given_params.arrays())
+    warm = filters.warm(scores, given_params)
+    assert tokens == filters.draw_dense(filters.filtered(warm, given_params), given_params).tolist()
+    assert tops == warm.amax(1).tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_without_a_largest_score_draw_nothing(bad):
+    scores = random_scores(0, 3, 70, 1.0)
+    scores[1, 69] = bad
+    tokens, tops = sampling_ops().draw(scores, *tensors(SamplingParams(top_p=0.9), 3).arrays())
+    assert tokens[1] == -1 and not math.isfinite(tops[1])
+    assert min(tokens[0], tokens[2]) >= 0
+
+
+def test_scores_of_lines_that_lie_apart():
+    wide = random_scores(0, 4, 200, 2.0)
+    given_params = tensors(SamplingParams(top_k=9), 4)
+    for part in (wide[:, :64], wide[:, ::2]):
+        one, other = (sampling_ops().draw(scores, *given_params.arrays()) for scores in (part, part.contiguous()))
+        assert one == other
+
+
+def test_noise_is_that_of_torch():
+    tokens = [0, 1, 2, 3, 4, 77, 4095, 250_000]
+    for seed, position in ((0, 0), (7, 3), (-(2**62), 123_456), (2**63 + 5, 2**31)):
+        bits = seed_bits(seed)
+        count = len(tokens)
+        wanted = gumbel(torch.full((count,), bits), torch.full((count,), position), torch.tensor(tokens))
+        torch.testing.assert_close(torch.tensor(sampling_ops().noise(tokens, bits, position)).double(), wanted)
+
+
+def test_drafts_are_those_of_torch(monkeypatch):
+    kinds = [(0.0, 1.0, 0), (1.0, 1.0, 0), (1.0, 0.9, 0), (0.7, 0.5, 0), (1.0, 1.0, 2), (1.0, 0.05, 0)]
+    rows = [
+        SamplingRow(SamplingParams(temperature=t, top_p=p, top_k=k), 5 + i, 9, [1], [2])
+        for i, (t, p, k) in enumerate(kinds)
+    ]
+    logits = random_scores(3, len(rows), 300, 2.0)
+    ids, probs = choosing.choose(logits, rows, 4)
+    monkeypatch.setattr(filters, "compiled", lambda scores: None)
+    wanted_ids, wanted_probs = choosing.choose(logits, rows, 4)
+    for i in range(len(rows)):  # torch's are filled up with what is not allowed, and their top_p is a little wider
+        assert ids[i] == wanted_ids[i][: len(ids[i])]
+        assert probs[i] == pytest.approx(wanted_probs[i][: len(ids[i])], abs=0.05)
+    assert [len(row) for row in ids] == [4, 4, 4, 1, 2, 1]
+
+
+@pytest.mark.parametrize("width, height", [(384, 64), (37, 50), (8, 3), (5, 1)])
+def test_products_are_those_of_torch(width, height):
+    torch.manual_seed(0)
+    ops = product_ops()
+    layers = [(torch.randn(n, width), torch.randn(n) if n % 2 else None) for n in (height, height + 1, 5)]
+    gate, up = layers[0], (torch.randn(height, width), torch.randn(height))
+    for lines in range(1, FEW + 1):
+        x = torch.randn(lines, 2 * width)[:, :width]
+        wanted = torch.cat([F.linear(x, *layer) for layer in layers], 1)
+        add = torch.randn_like(wanted)
+        torch.testing.assert_close(ops.linear(x, *layers, add=add), wanted + add, atol=1e-4, rtol=1e-4)
+        gated = F.silu(F.linear(x, *gate)) * F.linear(x, *up)
+        torch.testing.assert_close(ops.gated(x, gate, up), gated, atol=1e-3, rtol=1e-4)
+
+
+def test_a_line_does_not_depend_on_how_many_there_are():
+    torch.manual_seed(0)
+    ops, layer = product_ops(), (torch.randn(70, 100), None)
+    x = torch.randn(FEW, 100)
+    together, gated = ops.linear(x, layer), ops.gated(x, layer, layer)
+    for lines in (1, 2, 3, 5):
+        assert torch.equal(ops.linear(x[:lines], layer), together[:lines])
+        assert torch.equal(ops.gated(x[:lines], layer, layer), gated[:lines])
