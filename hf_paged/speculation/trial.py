@@ -43,7 +43,7 @@ class Batch:
             if self.mode == self.best:
                 self.mode, self.left = not faster, TRIED
             else:  # a trial has ended
-                self.span = min(2 * self.span, LONG) if faster == self.best else SHORT
+                self.span = min(4 * self.span, LONG) if faster == self.best else SHORT
                 self.mode, self.left = faster, self.span
             self.best = faster
         else:
