@@ -14,11 +14,12 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # The tests of what depends on the transformers version: all but those of the packaging, the command line and the benchmarks.
 CORE_TESTS = $(filter-out tests/test_packaging.py tests/test_cli.py tests/test_bench.py,$(wildcard tests/test_*.py))
 
-.PHONY: help demo test test-slow lint wheel-check test-oldest setup clean
+.PHONY: help demo test test-slow test-long lint wheel-check test-oldest setup clean
 help:
 	@echo "make demo         set up, then answer real prompts with transformers and with hf_paged, side by side"
 	@echo "make test         set up, then lint and run the tests"
 	@echo "make test-slow    the tests that take long"
+	@echo "make test-long    the tests that take very long: an hour or two"
 	@echo "make test-oldest  the core tests with $(OLDEST_TRANSFORMERS), the oldest version supported"
 	@echo "make wheel-check  build the wheel, install it elsewhere and generate with it"
 	@echo "make lint         ruff alone"
@@ -28,11 +29,14 @@ demo: $(VENV)/.ready
 	$(BIN)/hf-paged demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not long"
 
 # pytest ends with 5 where no test is marked slow: not a failure here.
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m slow || test $$? -eq 5
+	$(BIN)/python -m pytest -q -m "slow and not long" || test $$? -eq 5
+
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m long
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -42,7 +46,7 @@ wheel-check: $(VENV)/.ready
 	TORCH="$(TORCH)" .ci/wheel-check $(BIN)/python
 
 test-oldest: $(VENV_OLDEST)/.ready
-	$(VENV_OLDEST)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider $(CORE_TESTS)
+	$(VENV_OLDEST)/bin/python -m pytest -q -m "not slow and not long" -p no:cacheprovider $(CORE_TESTS)
 
 setup: $(VENV)/.ready
 

@@ -125,7 +125,7 @@ def test_some_continuations(model, draft, name, width):
     check(model, draft, name, width, SOME, other=1.25)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name, width", CASES)
 def test_200_000_continuations(model, draft, name, width):
     check(model, draft, name, width, 200_000, other=1.02)

@@ -141,7 +141,7 @@ def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), 16 * KIB // (block_m * shape.itemsize))
     block_n, stages = _fit(shape, target, block_m, max(16, block_n), 3 if target.backend == "cuda" else 2)
     split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
-    warps = 4 if shape.slot_bytes <= KIB and block_m < 64 else 8
+    warps = 4 if shape.slot_bytes <= KIB and block_m < 32 else 8
     return TileConfig(block_m, block_n, max(split, block_n), warps, stages, _precision(shape, target))
 
 
