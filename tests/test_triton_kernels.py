@@ -74,7 +74,7 @@ def test_random_steps(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decode", "extend", "tree"])
-def test_random_steps(kind, small_tiles):
+def test_more_random_steps(kind, small_tiles):
     for seed in range(40):
         assert_right(random_case(np.random.default_rng(1000 + seed), kind))
 

@@ -1,6 +1,6 @@
 """CPU ops compiled on first use by the machine's own C compiler. Optional: without one, the torch ops do the same.
 
-The files of `csrc` take about a second to compile and are kept in the user's cache folder, by source, compiler and
+The files of `csrc` take some seconds to compile and are kept in the user's cache folder, by source, compiler and
 processor. They run on the threads of torch's own OpenMP, so that `torch.set_num_threads` governs them and no second
 pool competes.
 """
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from hf_paged.kernels.seen import Seen
 
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 # Sums may be reordered, but infinities stay what they are.
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11", "-w")
 EXACT = {"sampling": ("-fno-fast-math", "-ffp-contract=off")}  # here what is compared is rounded as torch rounds it
+SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -172,6 +174,8 @@ def native_status() -> tuple[NativeOps | None, str]:
         path = _compiled(compiler)
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the symbols that `path` leaves open
         return NativeOps(ctypes.CDLL(str(path))), f"compiled by {compiler}"
+    except subprocess.TimeoutExpired:
+        return None, f"compiling took more than {SECONDS} seconds"
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return None, f"compiling failed: {output.strip().splitlines()[0] if output.strip() else error!r}"
@@ -201,13 +205,18 @@ def _compiled(compiler: str) -> Path:
         target = base / f"native-{key}.so"
     except OSError:
         target = Path(tempfile.mkdtemp(prefix="hf_paged-")) / f"native-{key}.so"
+
+    def compile_one(arguments: list[str]) -> None:
+        subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=SECONDS)
+
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             units = {path: f"{folder}/{path.stem}.o" for path in SOURCES if path.suffix == ".c"}
             steps = [[*FLAGS, *EXACT.get(path.stem, ()), "-c", str(path), "-o", unit] for path, unit in units.items()]
             # Linked without OpenMP: torch's runtime serves.
             steps.append(["-shared", *units.values(), "-lm", "-o", f"{folder}/native.so"])
-            for arguments in steps:
-                subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=120)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(compile_one, steps[:-1]))
+            compile_one(steps[-1])
             os.replace(f"{folder}/native.so", target)
     return target
