@@ -160,8 +160,8 @@ SOME = SHAPES[4:6]  # the commonest dims
 
 
 def main(arguments: list[str]) -> int:
-    """Targets as arguments (default: all); `--some`: common shapes alone. A line of JSON a variant; 1 where one spills in
-    decode or does not fit."""
+    """Targets as arguments (default: all); `--some`: common shapes alone. A line of JSON a variant; 1 where one spills
+    in decode or does not fit."""
     failed, some = False, "--some" in arguments
     targets = [name for name in arguments if name != "--some"] or TARGETS
     for one in report(SOME if some else SHAPES, targets):
