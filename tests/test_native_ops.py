@@ -12,7 +12,6 @@ from test_filters import params_strategy, random_scores, tensors
 from hf_paged import filters
 from hf_paged.kernels.native_products import FEW, product_ops
 from hf_paged.kernels.native_sampling import sampling_ops
-from hf_paged.noise import gumbel, seed_bits
 from hf_paged.params import SamplingParams
 from hf_paged.sampling import SamplingRow
 from hf_paged.speculation import choose as choosing
@@ -55,13 +54,14 @@ def test_scores_of_lines_that_lie_apart():
         assert one == other
 
 
-def test_noise_is_that_of_torch():
-    tokens = [0, 1, 2, 3, 4, 77, 4095, 250_000]
-    for seed, position in ((0, 0), (7, 3), (-(2**62), 123_456), (2**63 + 5, 2**31)):
-        bits = seed_bits(seed)
-        count = len(tokens)
-        wanted = gumbel(torch.full((count,), bits), torch.full((count,), position), torch.tensor(tokens))
-        torch.testing.assert_close(torch.tensor(sampling_ops().noise(tokens, bits, position)).double(), wanted)
+def test_draws_under_seeds_and_at_places_of_any_size():
+    seeds, places = [0, 7, -(2**62), 2**63 + 5], [0, 3, 123_456, 2**31]
+    scores = random_scores(1, 16, 4096, 0.5)
+    given_params = filters.draw_tensors(
+        [SamplingParams()] * 16, seeds * 4, [place for place in places for _ in seeds], scores.device
+    )
+    tokens, _ = sampling_ops().draw(scores, *given_params.arrays())
+    assert tokens == filters.draw_dense(scores, given_params).tolist()
 
 
 def test_drafts_are_those_of_torch(monkeypatch):

@@ -156,6 +156,11 @@ def _lines(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+def matrix_lines(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[lines, n]` with the numbers of a line one after another; lines may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def native_ops() -> NativeOps | None:
     """The compiled ops, or None where there are none (`native_status` says why)."""
     return native_status()[0]

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from hf_paged.kernels.native import native_ops
+from hf_paged.kernels.native import matrix_lines, native_ops
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 FEW = 12  # lines up to which these beat a matrix library, which wants more of them
@@ -25,7 +25,7 @@ class ProductOps:
 
     def linear(self, x: torch.Tensor, *layers: Layer, add: torch.Tensor | None = None) -> torch.Tensor:
         """`x` through up to three layers side by side, `[lines, sum of out]`, plus `add` of that shape."""
-        x, kept = _lines(x), [_whole(layer) for layer in layers]
+        x, kept = matrix_lines(x), [_whole(layer) for layer in layers]
         widths = [weight.shape[0] for weight, _ in kept]
         out = x.new_empty(x.shape[0], sum(widths))
         if add is not None:
@@ -38,16 +38,12 @@ class ProductOps:
 
     def gated(self, x: torch.Tensor, gate: Layer, up: Layer) -> torch.Tensor:
         """silu(gate(x)) * up(x)"""
-        x, gate, up = _lines(x), _whole(gate), _whole(up)
+        x, gate, up = matrix_lines(x), _whole(gate), _whole(up)
         rows = gate[0].shape[0]
         out = x.new_empty(x.shape[0], rows)
         places = (*_addresses(gate), *_addresses(up), rows)
         self._gated(out.data_ptr(), x.data_ptr(), x.stride(0), *x.shape, *places)
         return out
-
-
-def _lines(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _whole(layer: Layer) -> Layer:

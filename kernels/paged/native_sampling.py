@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from hf_paged.kernels.native import native_ops
+from hf_paged.kernels.native import matrix_lines, native_ops
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -22,14 +21,13 @@ class SamplingOps:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._draw, self._likely, self._noise = library.draw_tokens, library.likely_tokens, library.keyed_noise
+        self._draw, self._likely = library.draw_tokens, library.likely_tokens
         self._draw.argtypes = [_P, _P, _P, _I, _I, _I] + [_P] * 6
         self._likely.argtypes = [_P, _P, _I, _P, _I, _I, _I] + [_P] * 6
-        self._noise.argtypes, self._noise.restype = [_P, _P, _I, _I, _I], None
 
     def draw(self, scores: torch.Tensor, *parameters: torch.Tensor) -> tuple[list[int], list[float]]:
         """A token for each row, and the largest of its scores over the temperature: where that is not finite, -1."""
-        scores, (rows, vocab) = _lines(scores), scores.shape
+        scores, (rows, vocab) = matrix_lines(scores), scores.shape
         tokens, tops = np.empty(rows, np.int64), np.empty(rows, np.float32)
         failed = self._draw(tokens.ctypes.data, tops.ctypes.data, *_matrix(scores), *map(_address, parameters))
         if failed:
@@ -43,7 +41,7 @@ class SamplingOps:
 
         A row of a temperature under 1e-5 is greedy. Fewer than `width`: no others are allowed. NaN where scores are.
         """
-        scores, (rows, vocab) = _lines(scores), scores.shape
+        scores, (rows, vocab) = matrix_lines(scores), scores.shape
         ids, probs = np.empty((rows, width), np.int64), np.empty((rows, width), np.float32)
         failed = self._likely(ids.ctypes.data, probs.ctypes.data, width, *_matrix(scores), *map(_address, parameters))
         if failed:
@@ -52,16 +50,6 @@ class SamplingOps:
             counts = (ids >= 0).sum(1).tolist()
             return tuple([row[:n] for row, n in zip(part.tolist(), counts, strict=True)] for part in (ids, probs))
         return ids.tolist(), probs.tolist()
-
-    def noise(self, tokens: Sequence[int], seed: int, position: int) -> list[float]:
-        """Keyed noise of some tokens. `seed`: its bits, as an int64."""
-        ids, out = np.array(tokens, np.int64), np.empty(len(tokens))
-        self._noise(out.ctypes.data, ids.ctypes.data, len(ids), seed, position)
-        return out.tolist()
-
-
-def _lines(scores: torch.Tensor) -> torch.Tensor:
-    return scores if scores.stride(1) == 1 else scores.contiguous()
 
 
 def _matrix(scores: torch.Tensor) -> tuple[int, int, int, int]:

@@ -253,8 +253,3 @@ int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores
     const settings a = {temperature, limit, min_p, top_k, seeds, positions};
     EACH_ROW(likely_row(&s, &a, row, vocab, scores + row * line, ids + row * width, probs + row * width, width))
 }
-
-/* out[i]: the noise of token ids[i] at a position under a seed. */
-void keyed_noise(double *out, const int64_t *ids, int64_t n, int64_t seed, int64_t position) {
-    for (int64_t i = 0; i < n; i++) out[i] = gumbel_of(philox_word(ids[i], seed, position));
-}
