@@ -11,6 +11,7 @@ from hf_paged import Engine, SamplingParams
 from hf_paged.integrations import lean
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear
 from hf_paged.kernels.native import native_ops
+from hf_paged.kernels.native_products import FEW
 
 SIZES = dict(
     vocab_size=99,
@@ -81,7 +82,8 @@ def test_no_stale_copy_in_the_next_call(change, packs_at_once):
 def test_copies_are_dropped_when_a_weight_changes_between_steps(packs_at_once):
     model = make("llama")
     with Engine(model, num_pages=64, page_size=4) as engine:
-        engine.submit(PROMPTS[0], GREEDY)
+        for i in range(FEW + 1):  # fewer lines are computed with the weights themselves
+            engine.submit([30 + i, 5], GREEDY)
         engine.step()
         packed = engine.forward.run.ops
         assert isinstance(packed, PackedLinear) and packed.current()
@@ -97,3 +99,37 @@ def test_large_models_are_not_copied(packs_at_once, monkeypatch):
     with Engine(make("llama"), num_pages=64, page_size=4) as engine:
         tokens(engine)
         assert not isinstance(engine.forward.run.ops, PackedLinear)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_call_for_all_blocks_gives_what_a_call_an_op_does(kind, monkeypatch):
+    """Bit for bit, for a step of few lines: it must not matter how many share it."""
+    model = make(kind)
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        run, steps = engine.forward.run, []
+        if run.blocks is None:
+            pytest.skip("there are no compiled ops")
+
+        def both(plan):
+            fits, run.blocks = run.blocks, None
+            apart, run.blocks = run(plan), fits
+            whole = run(plan)
+            steps.append(plan.tokens)
+            assert torch.equal(whole, apart)
+            return whole
+
+        monkeypatch.setattr(engine.core, "forward", both)
+        assert tokens(engine) == alone(model)
+        assert min(steps) <= FEW < max(steps)
+        assert run.blocks.fit()
+
+
+def test_weights_that_do_not_lie_in_lines(monkeypatch):
+    """The op for all blocks is not for them; the tokens are right."""
+    model = make("llama")
+    layer = model.model.layers[1].mlp.gate_proj
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        before = tokens(engine)
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+        assert tokens(engine) == before
+        assert engine.forward.run.blocks is None or not engine.forward.run.blocks.fit()

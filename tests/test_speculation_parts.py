@@ -79,7 +79,8 @@ def test_suffixes_of_other_texts():
     assert set(tree.tokens[:2]) == {5, 7} and tree.tokens[0] == 5 and not tree.is_chain
     assert index.propose(index.open([1, 2, 3, 4], None), 3, 1).tokens[:2] == (5, 6)
     assert index.propose(index.open([1, 2, 3, 4], "tenant"), 3, 4) is None  # nothing crosses salts
-    assert index.propose(index.open([4], None), 3, 4) is None
+    assert set(index.propose(index.open([4], None), 1, 4).tokens) == {5, 7}
+    assert index.propose(index.open([8], None), 3, 4) is None  # nothing followed
 
 
 def test_the_suffix_index_is_bounded():

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from hf_paged.speculation.lookup import LONGEST_MATCH, agreement, continuation, match_kind
 from hf_paged.speculation.proposal import MOST_NODES, Proposal
 
-CONTEXT, LONG = 2, 6  # tokens that are hashed: places that have the longer in common are looked at first
-CANDIDATES = 12  # places of a chain that are looked at
+CONTEXTS = LONG, MIDDLE, SHORT = 6, 2, 1  # tokens that are hashed: places with more in common are looked at first
+CANDIDATES = 12  # places of a chain that are looked at; of the last one as many more as the others had too few
 SURE = 12  # a match of so many tokens is followed alone; beside shorter ones stands what else was seen
 LEAST_SHARE = 0.03  # of what was counted, to be proposed beside something likelier
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
@@ -33,7 +33,7 @@ class Text:
 
     tokens: list[int]
     salt: Hashable
-    read: int = CONTEXT
+    read: int = SHORT
     following: tuple[Text, int] | None = None
 
 
@@ -55,7 +55,7 @@ class SuffixIndex:
     def __init__(self, capacity: int) -> None:
         self.size = 1 << (capacity - 1).bit_length()
         self._mask = self.size - 1
-        self._chains = {length: Chain(self.size) for length in (LONG, CONTEXT)}
+        self._chains = {length: Chain(self.size) for length in CONTEXTS}
         self._places = array("i", [0]) * self.size  # by entry: index in its text of the token that follows
         self._texts: list[Text | None] = [None] * self.size
         self._count = 0
@@ -71,17 +71,19 @@ class SuffixIndex:
         """Take in what `text` has more than at the last call, but for its last token: what follows it is not known."""
         tokens, mask = text.tokens, self._mask
         places, texts, count = self._places, self._texts, self._count
-        short, long = self._chains[CONTEXT], self._chains[LONG]
+        long, middle, short = (self._chains[length] for length in CONTEXTS)
         for at in range(text.read, len(tokens)):
-            here, one, two = count & mask, tokens[at - 1], tokens[at - 2]
-            pair = one * 0x9E3779B1 + two * 0x85EBCA77
-            slot = pair >> 7 & mask
+            here, one = count & mask, tokens[at - 1]
+            slot = one * 0x9E3779B1 >> 7 & mask
             short.before[here], short.heads[slot] = short.heads[slot], count
-            if at >= LONG:
-                slot = hash((pair, tokens[at - 3], tokens[at - 4], tokens[at - 5], tokens[at - 6])) & mask
-                long.before[here], long.heads[slot] = long.heads[slot], count
-            else:
-                long.before[here] = -1
+            middle.before[here] = long.before[here] = -1
+            if at >= MIDDLE:
+                pair = one * 0x9E3779B1 + tokens[at - 2] * 0x85EBCA77
+                slot = pair >> 7 & mask
+                middle.before[here], middle.heads[slot] = middle.heads[slot], count
+                if at >= LONG:
+                    slot = hash((pair, tokens[at - 3], tokens[at - 4], tokens[at - 5], tokens[at - 6])) & mask
+                    long.before[here], long.heads[slot] = long.heads[slot], count
             places[here], texts[here] = at, text
             count += 1
         text.read, self._count = max(text.read, len(tokens)), count
@@ -92,23 +94,27 @@ class SuffixIndex:
         if text.following is not None:
             other, behind = text.following
             self._measure(text, other, end + behind, found)
-        if end >= LONG:
-            pair = tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77
-            slot = hash((pair, tokens[-3], tokens[-4], tokens[-5], tokens[-6])) & self._mask
-            self._walk(self._chains[LONG], slot, text, found)
-        if end >= CONTEXT and all(length < SURE for length, _, _ in found):
-            slot = (tokens[-1] * 0x9E3779B1 + tokens[-2] * 0x85EBCA77) >> 7 & self._mask
-            self._walk(self._chains[CONTEXT], slot, text, found)
+        for length in CONTEXTS:
+            if any(match >= SURE for match, _, _ in found):
+                break
+            count = CANDIDATES if length > SHORT else 3 * CANDIDATES - len(found)
+            if end >= length:
+                self._walk(self._chains[length], self._slot(tokens, length), count, text, found)
         if not found:
             return found
         length, other, at = best = max(found, key=lambda entry: entry[0])
         text.following = other, at - end
         return [best] if length >= SURE else list({(id(other), at): (n, other, at) for n, other, at in found}.values())
 
-    def _walk(self, chain: Chain, slot: int, text: Text, found: list[tuple[int, Text, int]]) -> None:
-        """Add the latest matches of a chain to `found`."""
+    def _slot(self, tokens: list[int], length: int) -> int:
+        """Of the chain of places behind the last `length` of `tokens`; `update` has the same written out."""
+        pair = tokens[-1] * 0x9E3779B1 + (tokens[-2] * 0x85EBCA77 if length > SHORT else 0)
+        return (pair >> 7 if length < LONG else hash((pair, *tokens[-3:-7:-1]))) & self._mask
+
+    def _walk(self, chain: Chain, slot: int, most: int, text: Text, found: list[tuple[int, Text, int]]) -> None:
+        """Add the latest matches of a chain to `found`, `most` at most."""
         entry, oldest = chain.heads[slot], self._count - self.size
-        for _ in range(CANDIDATES):
+        for _ in range(most):
             if entry < 0 or entry < oldest:
                 return
             here = entry & self._mask
@@ -120,7 +126,7 @@ class SuffixIndex:
         if other.salt != text.salt or not 0 < at < len(other.tokens):  # the row may have been shortened since
             return
         length = agreement(other.tokens, at, text.tokens, len(text.tokens), LONGEST_MATCH)
-        if length >= CONTEXT:
+        if length >= SHORT:
             found.append((length, other, at))
 
     def propose(self, text: Text, depth: int, width: int) -> Proposal | None:

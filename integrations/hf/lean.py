@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_paged.integrations.elementwise import elementwise_backend
+from hf_paged.integrations.few import FewLines
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
 from hf_paged.kernels import paged_attention
 from hf_paged.kernels.native_products import FEW
@@ -100,6 +101,8 @@ class LeanForward:
         self.plain = self.ops = linear_backend(self.embed.weight)
         self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
+        # Attention is compiled where what lies between the products is.
+        self.blocks = FewLines(self) if self.few is not None and backend == "auto" else None
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
@@ -122,6 +125,8 @@ class LeanForward:
     @torch.no_grad()
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
+        if self.blocks is not None and plan.tokens <= FEW and self.blocks.fit():
+            return self.blocks(plan)
         self._choose_weights(plan.tokens)
         ops, spare = self._products(plan.tokens)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))

@@ -32,7 +32,8 @@ SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
-def _address(array: np.ndarray | None) -> int | None:
+def address(array: np.ndarray | None) -> int | None:
+    """Where the numbers of an array lie."""
     return None if array is None else array.__array_interface__["data"][0]  # half the time of `ctypes.data`
 
 
@@ -45,9 +46,9 @@ class GroupedStep:
         arrays = (*arrays, groups.segments, seen.visible, seen.base)
         numbers = table.shape[1], len(seen.line_of), len(groups.segments), len(groups.members)
         # The fields of `step` in `grouped.c`, all of 64 bits.
-        self._fields = np.array([*(_address(array) or 0 for array in arrays), *numbers], np.int64)
+        self._fields = np.array([*(address(array) or 0 for array in arrays), *numbers], np.int64)
         self._alive = arrays
-        self.address = _address(self._fields)
+        self.address = address(self._fields)
 
 
 class NativeOps:
@@ -90,11 +91,11 @@ class NativeOps:
             value_dim,
             size,
             scale,
-            _address(seen.begin),
+            address(seen.begin),
             softcap or 0.0,
             None if sinks is None else sinks.data_ptr(),
-            _address(seen.visible),
-            _address(seen.base),
+            address(seen.visible),
+            address(seen.base),
         )
         if failed:
             raise MemoryError(f"no memory for the scores of {rows} rows of up to {int(seen.context.max())} tokens")

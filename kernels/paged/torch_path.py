@@ -10,7 +10,7 @@ from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
 from hf_paged.kernels.groups import build_groups
 from hf_paged.kernels.native import GroupedStep, NativeOps, native_ops
 from hf_paged.kernels.rows import ALL, PagedRows, TreeMask
-from hf_paged.kernels.seen import build_seen, within
+from hf_paged.kernels.seen import Seen, build_seen, within
 from hf_paged.kernels.sparse_decode import is_supported, sparse_decode
 
 # Tokens of context up to which the queries of a longer row are computed one by one.
@@ -25,10 +25,10 @@ def paged_attention(
     """See `hf_paged.kernels.paged_attention`."""
     native, n = _native(query, key_pages, rows), rows.num_decodes
     if native is not None:
-        step = _grouped_step(rows, window)
+        step = grouped_step(rows, window)
         if step is not None:
             return native.grouped(query, key_pages, value_pages, step, scale, softcap, sinks)
-        seen = rows.derived(("seen", window), lambda: build_seen(rows, window))
+        seen = seen_by(rows, window)
         n = rows.derived("short", lambda: _short(rows))
         at = key_pages, value_pages, rows.page_table
         first = native.attention(query[:n], *at, seen.first(n), scale, softcap, sinks) if n else None
@@ -65,7 +65,7 @@ def _native(query: torch.Tensor, key_pages: torch.Tensor, rows: PagedRows) -> Na
     return native_ops() if fits else None
 
 
-def _grouped_step(rows: PagedRows, window: int | None) -> GroupedStep | None:
+def grouped_step(rows: PagedRows, window: int | None) -> GroupedStep | None:
     """What queries share; None where nothing is, or where a window hides some of it from some of them."""
     if not rows.grouped or (window is not None and rows.context_lens.max() > window):
         return None
@@ -75,6 +75,11 @@ def _grouped_step(rows: PagedRows, window: int | None) -> GroupedStep | None:
         return None if groups is None else GroupedStep(rows.page_table, build_seen(rows, None), groups)
 
     return rows.derived("grouped", make)
+
+
+def seen_by(rows: PagedRows, window: int | None) -> Seen:
+    """What each query of the step sees, made once."""
+    return rows.derived(("seen", window), lambda: build_seen(rows, window))
 
 
 def _short(rows: PagedRows) -> int:

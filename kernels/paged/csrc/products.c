@@ -10,15 +10,17 @@ typedef struct {
     int64_t rows;
 } layer;
 
-/* sums[r * lines + m]: product of row w[r] and line x[m]; rows * lines = LANES. */
-INLINE void dots(float *sums, const float *const *w, const float *const *x, int64_t in, const int rows, const int lines) {
+/* sums[r * lines + m]: product of row w[r] and line x[m]; rows * lines = LANES. Fetches what lies `ahead` of the rows, at a
+ * pace of 1 / 2^slow: where several passes read the same rows, each fetches its part of those that follow. */
+INLINE void dots(float *sums, const float *const *w, const float *const *x, int64_t in, int64_t ahead, int slow, const int rows,
+                 const int lines) {
     lanes part[LANES] = {0};
     int64_t i = 0;
     for (; i + LANES <= in; i += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const lanes weight = *(const lanes *)(w[r] + i);
-            __builtin_prefetch(w[r] + i + rows * in, 0, 3); /* of the block that follows */
+            __builtin_prefetch(w[r] + ahead + (i >> slow), 0, 3);
 #pragma GCC unroll 4
             for (int m = 0; m < lines; m++) part[r * lines + m] += weight * *(const lanes *)(x[m] + i);
         }
@@ -29,21 +31,13 @@ INLINE void dots(float *sums, const float *const *w, const float *const *x, int6
 }
 
 /* sums[r * lines + m] for rows [first, first + LANES / lines) of a layer (its last one again past its end) and lines of x. */
-INLINE void block(float *sums, layer a, int64_t first, const float *x, int64_t x_line, int64_t given, int64_t in, const int lines) {
+INLINE void block(float *sums, layer a, int64_t first, const float *x, int64_t x_line, int64_t given, int64_t in, int64_t ahead,
+                  int slow, const int lines) {
     const float *w[LANES], *line[FEW];
     for (int r = 0; r < LANES / lines; r++) w[r] = a.weight + (first + r < a.rows ? first + r : a.rows - 1) * in;
     for (int m = 0; m < lines; m++) line[m] = x + (m < given ? m : given - 1) * x_line;
-    dots(sums, w, line, in, LANES / lines, lines);
+    dots(sums, w, line, in, ahead, slow, LANES / lines, lines);
 }
-
-static void any_block(float *sums, layer a, int64_t first, const float *x, int64_t x_line, int64_t given, int64_t in, int lines) {
-    if (lines == 1) block(sums, a, first, x, x_line, given, in, 1);
-    else if (lines == 2) block(sums, a, first, x, x_line, given, in, 2);
-    else block(sums, a, first, x, x_line, given, in, 4);
-}
-
-/* Lines at a time, of `left`. */
-INLINE int at_once(int64_t left) { return left > 2 ? FEW : (int)left; }
 
 typedef struct {
     float *out;
@@ -51,14 +45,30 @@ typedef struct {
     int64_t x_line, lines, in, width;
 } task;
 
-/* Outputs [first, first + step) of one layer, which begin at column `column` of out. */
-static void linear_rows(const task *t, layer a, int64_t first, int64_t step, int64_t column) {
+enum { STEP = LANES }; /* outputs that a thread computes for all lines before it goes on: their weights stay at hand */
+
+/* The block of `block` for lines [begin, begin + lines) of the task. */
+static void any_block(float *sums, const task *t, layer a, int64_t first, int64_t begin, int lines) {
+    const float *x = t->x + begin * t->x_line;
+    const int64_t left = t->lines - begin;
+    const int slow = t->lines > FEW;
+    const int64_t ahead = STEP * t->in + (slow && begin % (2 * FEW) ? t->in / 2 : 0);
+    if (lines == 1) block(sums, a, first, x, t->x_line, left, t->in, ahead, slow, 1);
+    else if (lines == 2) block(sums, a, first, x, t->x_line, left, t->in, ahead, slow, 2);
+    else block(sums, a, first, x, t->x_line, left, t->in, ahead, slow, 4);
+}
+
+/* Lines at a time, of `left`. */
+INLINE int at_once(int64_t left) { return left > 2 ? FEW : (int)left; }
+
+/* Outputs [first, first + STEP) of one layer, which begin at column `column` of out. */
+static void linear_rows(const task *t, layer a, int64_t first, int64_t column) {
     float sums[LANES];
     for (int64_t begin = 0; begin < t->lines; begin += FEW) {
         const int64_t left = t->lines - begin;
         const int lines = at_once(left);
-        for (int64_t r = first; r < first + step && r < a.rows; r += LANES / lines) {
-            any_block(sums, a, r, t->x + begin * t->x_line, t->x_line, left, t->in, lines);
+        for (int64_t r = first; r < first + STEP && r < a.rows; r += LANES / lines) {
+            any_block(sums, t, a, r, begin, lines);
             for (int64_t i = r; i < r + LANES / lines && i < a.rows; i++)
                 for (int64_t m = 0; m < lines && m < left; m++) {
                     const int64_t at = (begin + m) * t->width + column + i;
@@ -68,16 +78,15 @@ static void linear_rows(const task *t, layer a, int64_t first, int64_t step, int
     }
 }
 
-/* out[:, first .. first + step) = silu(gate) * up. */
-static void gated_rows(const task *t, layer gate, layer up, int64_t first, int64_t step) {
+/* out[:, first .. first + STEP) = silu(gate) * up. */
+static void gated_rows(const task *t, layer gate, layer up, int64_t first) {
     float opened[LANES], sums[LANES];
     for (int64_t begin = 0; begin < t->lines; begin += FEW) {
         const int64_t left = t->lines - begin;
         const int lines = at_once(left);
-        for (int64_t r = first; r < first + step && r < gate.rows; r += LANES / lines) {
-            const float *x = t->x + begin * t->x_line;
-            any_block(opened, gate, r, x, t->x_line, left, t->in, lines);
-            any_block(sums, up, r, x, t->x_line, left, t->in, lines);
+        for (int64_t r = first; r < first + STEP && r < gate.rows; r += LANES / lines) {
+            any_block(opened, t, gate, r, begin, lines);
+            any_block(sums, t, up, r, begin, lines);
             for (int64_t i = r; i < r + LANES / lines && i < gate.rows; i++)
                 for (int64_t m = 0; m < lines && m < left; m++) {
                     const float g = opened[(i - r) * lines + m] + (gate.bias ? gate.bias[i] : 0);
@@ -87,8 +96,6 @@ static void gated_rows(const task *t, layer gate, layer up, int64_t first, int64
         }
     }
 }
-
-enum { STEP = 16 }; /* outputs that a thread computes for all lines before it goes on: their weights stay at hand */
 
 /* out [lines, width]: products of x [lines, in], lines x_line floats apart, with up to three layers side by side, plus `add`
  * of the shape of out, or null. width: outputs of all layers. */
@@ -104,7 +111,7 @@ void few_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64
     for (int64_t s = 0; s < steps[3]; s++) {
         const int l = (s >= steps[1]) + (s >= steps[2]);
         const int64_t column = l == 0 ? 0 : l == 1 ? rows_a : rows_a + rows_b;
-        linear_rows(&t, layers[l], (s - steps[l]) * STEP, STEP, column);
+        linear_rows(&t, layers[l], (s - steps[l]) * STEP, column);
     }
 }
 
@@ -114,5 +121,5 @@ void few_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_
     const layer g = {gate, gate_bias, rows}, u = {up, up_bias, rows};
     const task t = {out, x, 0, x_line, lines, in, rows};
 #pragma omp parallel for schedule(static) if (rows * in > 8192)
-    for (int64_t s = 0; s < (rows + STEP - 1) / STEP; s++) gated_rows(&t, g, u, s * STEP, STEP);
+    for (int64_t s = 0; s < (rows + STEP - 1) / STEP; s++) gated_rows(&t, g, u, s * STEP);
 }
