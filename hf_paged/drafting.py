@@ -181,10 +181,10 @@ class Drafting:
 
     def _clean(self, judged: list[tuple[PlanRow, Drawing]], logits: torch.Tensor) -> None:
         """Move KV of taken branches into place; put zeros where drafts left numbers that are not finite."""
-        sources, targets, bad = [], [], []
+        sources, targets, bad, at = [], [], [], 0
         lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
-        finite = logits[lines].sum(1).isfinite().tolist() if lines else []
-        at = 0
+        # A look at all logits at once says for most steps that nothing is wrong.
+        finite = [True] * len(lines) if bool(logits.sum().isfinite()) else logits[lines].sum(1).isfinite().tolist()
         for planned, drawing in judged:
             sequence, first = planned.sequence, planned.span.first + 1
             for node in range(len(drawing.proposal)):

@@ -5,9 +5,11 @@ without that where the kept tokens are few. A row's result does not depend on th
 probabilities are summed as integers, so that no order of summing can be seen.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hf_paged.kernels.native_sampling import SamplingOps, sampling_ops
@@ -79,6 +81,20 @@ def draw_tensors(
 def compiled(scores: torch.Tensor) -> SamplingOps | None:
     """Compiled ops that draw from `scores` as `draw` does; None where there are none."""
     return sampling_ops() if scores.device.type == "cpu" and scores.dtype == torch.float32 else None
+
+
+def draw_at_once(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int, int]]) -> list[int] | None:
+    """A token a row from logits float32 [R, V], for rows of (parameters, seed, position), by compiled ops alone.
+
+    None where there are none, or where a row's logits are not finite: who asks finds out which, and why.
+    """
+    ops = compiled(logits)
+    if ops is None:
+        return None
+    floats = np.array([(p.temperature, 1.0 - p.top_p if p.top_p < 1.0 else -1.0, p.min_p) for p, _, _ in rows], "f4").T
+    whole = np.array([(max(p.top_k, 0), seed_bits(seed), place) for p, seed, place in rows], np.int64).T
+    tokens, tops = ops.draw(logits, *np.ascontiguousarray(floats), *np.ascontiguousarray(whole))
+    return tokens if all(map(math.isfinite, tops)) else None
 
 
 def warm(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:

@@ -90,52 +90,46 @@ def build_plan(
     Raises:
         ValueError: a row with one token stands behind a longer one (their order tells attention which are decodes).
     """
-    counts = np.array([row.count for row in rows], np.int64)
-    starts = np.array([row.first for row in rows], np.int64)
-    single = [row.count == 1 and not row.branches for row in rows]
-    decodes = sum(single)
-    if not all(single[:decodes]):
+    decodes = sum([row.count == 1 and not row.branches for row in rows])
+    if any([row.count != 1 or row.branches for row in rows[:decodes]]):
         raise ValueError("rows with one token must come first")
-    page_table = _page_table(rows)
-    token_ids = np.array([token for row in rows for token in row.token_ids], np.int64)
-    owner = np.repeat(np.arange(len(rows)), counts)
-    ends = np.cumsum(counts)
-    places = np.arange(len(owner)) - (ends - counts)[owner] + starts[owner]
-    slots = page_table[owner, places // page_size] * page_size + places % page_size
-    wanted = [np.arange(end - row.logits, end) for row, end in zip(rows, ends, strict=True) if row.logits]
-    logits_at = np.concatenate(wanted) if wanted else np.zeros(0, np.int64)
-    total, tree = len(owner), _tree_mask(rows, places, ends, starts[owner])
-    positions = places if tree is None else tree.positions
-    packed = torch.from_numpy(np.concatenate([token_ids, positions, slots, logits_at])).to(device)
+    # Lists: a step of few rows would spend longer in numpy's calls.
+    token_ids, positions, slots, wanted = [], [], [], []
+    for row in rows:
+        pages, places = row.sequence.pages, range(row.first, row.first + row.count)
+        token_ids += row.token_ids
+        positions += row.span.positions if row.branches else places
+        slots += [pages[place // page_size] * page_size + place % page_size for place in places]
+        wanted += range(len(token_ids) - row.logits, len(token_ids))
+    total = len(token_ids)
+    packed = torch.tensor(token_ids + positions + slots + wanted, dtype=torch.int64).to(device)
+    counts = np.array([row.count for row in rows], np.int64)
+    ends = np.array([row.first + row.count for row in rows], np.int64)
+    tree = _tree_mask(rows, positions) if any([row.branches for row in rows]) else None
     return StepPlan(
         token_ids=packed[:total],
         positions=packed[total : 2 * total],
         logits_at=packed[3 * total :],
         rows=PagedRows(
-            page_size, decodes, counts, starts + counts, page_table, packed[2 * total : 3 * total], backend, tree
+            page_size, decodes, counts, ends, _page_table(rows), packed[2 * total : 3 * total], backend, tree
         ),
     )
 
 
-def _tree_mask(rows: Rows[PlanRow], places: np.ndarray, ends: np.ndarray, firsts: np.ndarray) -> TreeMask | None:
-    """Who sees whom in the rows whose drafts branch; None where none do.
-
-    Args:
-        places: slot of each token. firsts: the first slot that its row writes. ends: tokens up to each row's last.
-    """
-    if not any(row.branches for row in rows):
-        return None
-    mask = TreeMask(np.full(len(places), ALL), firsts.copy(), places.copy())
-    for row, end in zip(rows, ends.tolist(), strict=True):
-        if row.branches:
-            own = slice(end - row.count, end)
-            mask.visible[own], mask.base[own], mask.positions[own] = row.span.visible, row.span.base, row.span.positions
-    return mask
+def _tree_mask(rows: Rows[PlanRow], positions: list[int]) -> TreeMask:
+    """Who sees whom where drafts branch. positions: of all tokens."""
+    visible, base = [], []
+    for row in rows:
+        visible += row.span.visible if row.branches else [ALL] * row.count
+        base += [row.span.base if row.branches else row.first] * row.count
+    return TreeMask(*(np.array(part, np.int64) for part in (visible, base, positions)))
 
 
 def _page_table(rows: Rows[PlanRow]) -> np.ndarray:
     """Page tables of all rows, int64 `[rows, longest]`, 0 behind a row's last page."""
     lengths = [len(row.sequence.pages) for row in rows]
+    if min(lengths) == max(lengths):
+        return np.array([row.sequence.pages for row in rows], np.int64)
     table = np.zeros((len(rows), max(lengths)), np.int64)
     filled = np.arange(table.shape[1]) < np.array(lengths)[:, None]
     table[filled] = [page for row in rows for page in row.sequence.pages]

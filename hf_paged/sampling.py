@@ -85,6 +85,10 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleResult:
     if all(map(_is_plain_greedy, rows)):
         _take_largest(logits, range(len(rows)), tokens, errors, raw=True)
         return SampleResult(tokens, errors)
+    if all(map(_is_plain_draw, rows)):
+        drawn = filters.draw_at_once(logits, [(row.params, row.seed, row.position) for row in rows])
+        if drawn is not None:
+            return SampleResult(drawn, errors)
     _find_raw_errors(logits, errors)
     scores = run_pipelines(logits, rows, errors)
     scores = adjust(scores, rows, owned=scores is not logits)
@@ -97,6 +101,20 @@ def _is_plain_greedy(row: SamplingRow) -> bool:
     params = row.params
     return (
         params.bare
+        and row.pipeline is None
+        and not row.bad_word_ids
+        and len(row.output_ids) >= params.min_tokens
+        and not (row.keep_logits or row.keep_scores)
+    )
+
+
+def _is_plain_draw(row: SamplingRow) -> bool:
+    """Nothing but a draw from the logits, filtered perhaps, is asked for."""
+    params = row.params
+    return (
+        not params.greedy
+        and params.plain
+        and params.logprobs is None
         and row.pipeline is None
         and not row.bad_word_ids
         and len(row.output_ids) >= params.min_tokens

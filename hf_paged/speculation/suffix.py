@@ -18,6 +18,7 @@ CONTEXTS = LONG, MIDDLE, SHORT = 6, 2, 1  # tokens that are hashed: places with 
 CANDIDATES = 12  # places of a chain that are looked at; of the last one as many more as the others had too few
 SURE = 12  # a match of so many tokens is followed alone; beside shorter ones stands what else was seen
 LEAST_SHARE = 0.03  # of what was counted, to be proposed beside something likelier
+LEAST_REACH = 0.02  # estimate for a draft that the target comes by it, to be proposed
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
@@ -155,28 +156,29 @@ def _prior(length: int, share: float) -> float:
 def _tree(branches: list[tuple[int, Sequence[int]]], width: int) -> Proposal | None:
     """Merge continuations into a tree, likeliest first; each counts as much as its match is long."""
     tokens, parents, kinds, odds = [], [], [], []
-    level = [(-1, [(length * length, length, branch) for length, branch in branches])]
+    level = [(-1, 1.0, [(length * length, length, branch) for length, branch in branches])]
     at = 0
     while level and len(tokens) + width <= MOST_NODES:
         grown = []
-        for parent, members in level:
-            total = sum(weight for weight, _, _ in members)
+        for parent, reach, members in level:
+            total = sum([weight for weight, _, _ in members])
             by_token: dict[int, list] = {}
             for member in members:
                 if at < len(member[2]):
                     by_token.setdefault(member[2][at], []).append(member)
             for token, group in by_token.items():
-                share = sum(weight for weight, _, _ in group) / total
-                if share >= LEAST_SHARE:
-                    grown.append((share, parent, token, group))
+                share = sum([weight for weight, _, _ in group]) / total
+                length = max([length for _, length, _ in group])
+                likely = reach * _prior(length, share)
+                if share >= LEAST_SHARE and likely >= LEAST_REACH:
+                    grown.append((share, likely, parent, token, length, group))
         grown.sort(key=lambda entry: -entry[0])
         level = []
-        for share, parent, token, group in grown[:width]:
-            length = max(length for _, length, _ in group)
-            level.append((len(tokens), group))
+        for share, likely, parent, token, length, group in grown[:width]:
+            level.append((len(tokens), likely, group))
             tokens.append(token)
             parents.append(parent)
-            kinds.append(match_kind(length) * (len(SHARES) + 1) + sum(share > bound for bound in SHARES))
+            kinds.append(match_kind(length) * (len(SHARES) + 1) + sum([share > bound for bound in SHARES]))
             odds.append(_prior(length, share))
         at += 1
     if not tokens:

@@ -1,17 +1,21 @@
 """Whether drafting pays, by trying: tokens a second with and without it, for batches of like size.
 
 Estimates of odds and costs say how deep to draft; that drafting never makes a batch slower rests on what was measured
-from end to end. Most steps do what was faster, a few now and then do the other.
+from end to end. A few steps now and then do what the others do not, and are held against the steps just before them:
+a machine's speed drifts by more than what is to be found out.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 TRIED = 6  # steps of a trial
-SHORT, LONG = 48, 768  # steps between trials: more as long as the same turns out to be faster
-DECAY = 0.97
-MARGIN = 1.04  # what drafting must gain: the draft model has prompts to read, too
+LEAST = 4  # of these, steps that were like others: else it goes on
+SHORT, LONG = 12, 768  # steps between trials: more as long as the same turns out to be faster
+TRIALS = 5  # the latest; their median counts
+MARGIN = 1.08  # what drafting must gain: the draft model has prompts to read, too, which trials do not show
 
 
 @dataclass(eq=False)
@@ -19,36 +23,47 @@ class Batch:
     """What is known of batches of one size.
 
     Attributes:
-        sums: with drafts and without: tokens and seconds of the latest steps.
-        mode: whether this phase drafts. left: its steps. span: steps between trials.
-        best: what was faster, None at first. fresh: whether the phase has just begun, and the draft model catches up.
+        gains: of the latest trials: tokens a second with drafts over those without.
+        best: whether to draft. trying: whether this phase does the other.
+        left: steps of the phase. span: steps between trials.
+        seen: tokens and seconds of the phase's latest steps. before: tokens a second before the trial.
+        fresh: whether the phase has just begun, and the draft model catches up.
     """
 
-    sums: dict[bool, list[float]] = field(default_factory=lambda: {True: [0.0, 0.0], False: [0.0, 0.0]})
-    mode: bool = False
+    gains: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    best: bool = False
+    trying: bool = False
     left: int = TRIED
     span: int = SHORT
-    best: bool | None = None
-    fresh: bool = True
+    seen: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=2 * TRIED))
+    before: float = 0.0
+    fresh: bool = False
 
-    def rate(self, mode: bool) -> float:
-        tokens, seconds = self.sums[mode]
-        return tokens / seconds if seconds else 0.0
+    @property
+    def mode(self) -> bool:
+        """Whether this phase drafts."""
+        return self.best != self.trying
 
     def turn(self) -> None:
         """The next phase."""
-        before = self.mode
-        if all(seconds for _, seconds in self.sums.values()):
-            faster = self.rate(True) > self.rate(False) * MARGIN
-            if self.mode == self.best:
-                self.mode, self.left = not faster, TRIED
-            else:  # a trial has ended
-                self.span = min(4 * self.span, LONG) if faster == self.best else SHORT
-                self.mode, self.left = faster, self.span
-            self.best = faster
+        if len(self.seen) < LEAST:
+            self.left = TRIED
+            return
+        rate, mode = sum(tokens for tokens, _ in self.seen) / sum(seconds for _, seconds in self.seen), self.mode
+        if self.trying:
+            self._conclude(rate)
         else:
-            self.mode, self.left = not self.mode, TRIED
-        self.fresh = self.mode != before
+            self.before, self.trying, self.left = rate, True, TRIED
+        self.fresh = self.mode != mode
+        if self.fresh:
+            self.seen.clear()
+
+    def _conclude(self, rate: float) -> None:
+        """A trial has ended."""
+        self.gains.append(self.before / rate if self.best else rate / self.before)
+        best = median(self.gains) > MARGIN
+        self.span = min(4 * self.span, LONG) if best == self.best else SHORT
+        self.best, self.trying, self.left = best, False, self.span
 
 
 class Trial:
@@ -74,5 +89,4 @@ class Trial:
         if batch.fresh:
             batch.fresh = False
             return
-        sums = batch.sums[batch.mode]
-        sums[0], sums[1] = sums[0] * DECAY + tokens, sums[1] * DECAY + seconds
+        batch.seen.append((tokens, seconds))

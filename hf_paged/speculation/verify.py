@@ -87,8 +87,9 @@ def _follow(drawing: Drawing, sampled: SampleResult, take: Take) -> bool:
 
 
 def _lines(logits: torch.Tensor, lines: list[int]) -> torch.Tensor:
-    if lines == list(range(len(logits))):
-        return logits
+    first, count = lines[0], len(lines)
+    if lines[-1] - first == count - 1 and lines == list(range(first, first + count)):
+        return logits[first : first + count]
     return logits[torch.tensor(lines, dtype=torch.long, device=logits.device)]
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_paged.store import BITS
+
 # Numbers of a weight that are compared at the beginning of a call, and at every step.
 SAMPLES, STEP_SAMPLES = 64, 4
 
@@ -121,9 +123,6 @@ def _evenly(tensor: torch.Tensor, count: int) -> torch.Tensor:
     if n <= count or not tensor.is_contiguous():
         return tensor.reshape(-1)[:: max(n // count, 1)]
     return tensor.as_strided((count,), ((n - 1) // (count - 1),))
-
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _read(numbers: list[np.ndarray]) -> bytes:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from hf_paged.kernels.native import matrix_lines, native_ops
+from hf_paged.kernels.native import address, matrix_lines, native_ops
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -16,8 +16,8 @@ _I, _P = ctypes.c_int64, ctypes.c_void_p
 class SamplingOps:
     """Draws from scores float32 `[rows, vocab]` on the CPU, each row by itself.
 
-    The parameters of both ops, tensors with an entry a row: `temperature`, `limit` (1 - top_p, or -1) and `min_p`
-    float32, `top_k` (0: off), `seeds` and `positions` int64.
+    The parameters of both ops, tensors or arrays with an entry a row: `temperature`, `limit` (1 - top_p, or -1) and
+    `min_p` float32, `top_k` (0: off), `seeds` and `positions` int64.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -25,11 +25,11 @@ class SamplingOps:
         self._draw.argtypes = [_P, _P, _P, _I, _I, _I] + [_P] * 6
         self._likely.argtypes = [_P, _P, _I, _P, _I, _I, _I] + [_P] * 6
 
-    def draw(self, scores: torch.Tensor, *parameters: torch.Tensor) -> tuple[list[int], list[float]]:
+    def draw(self, scores: torch.Tensor, *parameters: torch.Tensor | np.ndarray) -> tuple[list[int], list[float]]:
         """A token for each row, and the largest of its scores over the temperature: where that is not finite, -1."""
         scores, (rows, vocab) = matrix_lines(scores), scores.shape
         tokens, tops = np.empty(rows, np.int64), np.empty(rows, np.float32)
-        failed = self._draw(tokens.ctypes.data, tops.ctypes.data, *_matrix(scores), *map(_address, parameters))
+        failed = self._draw(address(tokens), address(tops), *_matrix(scores), *map(_address, parameters))
         if failed:
             raise MemoryError(f"no memory to draw from {vocab} tokens")
         return tokens.tolist(), tops.tolist()
@@ -56,8 +56,8 @@ def _matrix(scores: torch.Tensor) -> tuple[int, int, int, int]:
     return scores.data_ptr(), scores.stride(0), *scores.shape
 
 
-def _address(parameter: torch.Tensor) -> int:
-    return parameter.data_ptr()
+def _address(parameter: torch.Tensor | np.ndarray) -> int:
+    return address(parameter) if isinstance(parameter, np.ndarray) else parameter.data_ptr()
 
 
 @lru_cache(maxsize=1)
