@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +54,31 @@ def rows_of_file(path: Path, first: int, wanted: Wanted) -> Iterator[tuple[int, 
         BadInput: the file cannot be read.
     """
     readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    try:
+    with _readable(path):
         yield from readers[kind_of(path)](path, first, wanted)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{path}: cannot be read: {error}") from error
 
 
 def count_rows(path: Path) -> int | None:
-    """Rows of a file; None for one that is too large to count."""
+    """Rows of a file; None for one that is too large to count.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
     kind = kind_of(path)
     if kind == ".parquet":
         return _parquet(path).metadata.num_rows
     if path.stat().st_size > COUNTED_BYTES:
         return None
-    return sum(1 for _ in rows_of_file(path, 0, lambda row: False)) if kind == ".csv" else _count_lines(path)
+    with _readable(path):
+        return sum(1 for _ in _csv_rows(path, 0, lambda row: True)) if kind == ".csv" else _count_lines(path)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
