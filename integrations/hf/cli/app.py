@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, bench_kernels, bench_prefix, bench_speculation, demo, generate, info
+from hf_paged.integrations.cli import (
+    bench,
+    bench_eval,
+    bench_kernels,
+    bench_prefix,
+    bench_speculation,
+    demo,
+    eval,
+    generate,
+    info,
+)
 
 app = typer.Typer(
     name="hf-paged",
@@ -16,8 +26,10 @@ app = typer.Typer(
 )
 app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
+app.command(name="eval")(eval.evaluate)
 app.command(name="info")(info.info)
 bench.app.command(name="prefix")(bench_prefix.prefix)
+bench.app.command(name="eval")(bench_eval.evaluation)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
 app.add_typer(bench.app, name="bench")
