@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hf_paged.admission import checked_prompt
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_paged.integrations.engine import Engine
 
 
-def _cut(pair: Pair, most: int) -> Pair:
+def cut_left(pair: Pair, most: int) -> Pair:
     """The context cut at its beginning, so that `most` tokens go before the last one that is scored."""
     over = len(pair.context) + len(pair.continuation) - 1 - most
     if over <= 0 or over >= len(pair.context):
@@ -26,85 +26,75 @@ def _cut(pair: Pair, most: int) -> Pair:
     return Pair(pair.context[over:], pair.continuation, pair.shared, pair.error)
 
 
-def _groups(engine: Engine, pairs: Sequence[Pair], results: list[Score | None]) -> dict[tuple, list[int]]:
-    """Pairs that differ in their last token only: one row of logits serves them. Those that are refused get results."""
-    groups: dict[tuple, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        try:
-            if pair.error is not None:
-                raise pair.error
-            if not len(pair.continuation):
-                raise ValueError("the continuation is empty: at least one token is needed")
-            checked_prompt(pair.continuation, engine.core.capacity)
-        except ValueError as error:
-            results[index] = failed(pair, error)
-            continue
-        key = (*pair.context, *pair.continuation[:-1]), len(pair.context), pair.shared
-        groups.setdefault(key, []).append(index)
-    return groups
-
-
 def failed(pair: Pair, error: Exception) -> Score:
     return Score(list(pair.continuation), [], [], error)
 
 
 class ScoringRun:
-    """Pairs on their way through an engine."""
+    """Pairs on their way through an engine. Iterate over it: index and score of each pair, in order of their end.
+
+    Args:
+        cache_salt: share KV with requests of the same salt only.
+    """
 
     def __init__(self, engine: Engine, pairs: Sequence[Pair], cache_salt: str | None = None) -> None:
         self.engine, self.pairs, self.cache_salt = engine, pairs, cache_salt
-        self.results: list[Score | None] = [None] * len(pairs)
+        self._refused: list[tuple[int, Score]] = []
         self._pending: dict[Request, list[int]] = {}
         self._ended: list[Request] = []
 
-    def run(self, use_tqdm: bool = False) -> list[Score]:
-        """Scores in the order of the pairs."""
-        bar = nullcontext()
-        if use_tqdm:
-            from tqdm.auto import tqdm
-
-            bar = tqdm(total=len(self.pairs), unit="score")
+    def __iter__(self) -> Iterator[tuple[int, Score]]:
         try:
             self._submit()
-            with bar as shown:
-                while self._pending:
-                    if not self._ended:
-                        self.engine.advance(list(self._pending))
-                    done = self._take()
-                    if shown is not None:
-                        shown.update(done)
+            yield from self._refused
+            while self._pending:
+                if not self._ended:
+                    self.engine.advance(list(self._pending))
+                yield from self._take()
         finally:
             self.engine.drop(list(self._pending))
-        return self.results
 
     def _submit(self) -> None:
         shared = SamplingParams(temperature=0.0, max_tokens=1, cache_salt=self.cache_salt)
         alone = SamplingParams(temperature=0.0, max_tokens=1, prefix_caching=False)
         with self.engine.lock:
             self.engine.begin()
-            for key, members in _groups(self.engine, self.pairs, self.results).items():
+            for key, members in self._groups().items():
                 tokens, start, share = key
                 scoring = Scoring(start, tuple(self.pairs[i].continuation[-1] for i in members))
                 try:
                     request = self.engine.core.submit_scoring(tokens, scoring, shared if share else alone)
                 except ValueError as error:
-                    for index in members:
-                        self.results[index] = failed(self.pairs[index], error)
+                    self._refused += [(index, failed(self.pairs[index], error)) for index in members]
                     continue
                 request.on_end = self._ended.append
                 self._pending[request] = members
             self.engine.core.roster.arrange(list(self._pending))
 
-    def _take(self) -> int:
-        """Results of requests that have ended; how many pairs they were."""
-        done = 0
+    def _groups(self) -> dict[tuple, list[int]]:
+        """Pairs that differ in their last token only: one row of logits serves them. Those that are refused are not
+        among them."""
+        groups: dict[tuple, list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            try:
+                if pair.error is not None:
+                    raise pair.error
+                if not len(pair.continuation):
+                    raise ValueError("the continuation is empty: at least one token is needed")
+                checked_prompt(pair.continuation, self.engine.core.capacity)
+            except ValueError as error:
+                self._refused.append((index, failed(pair, error)))
+                continue
+            key = (*pair.context, *pair.continuation[:-1]), len(pair.context), pair.shared
+            groups.setdefault(key, []).append(index)
+        return groups
+
+    def _take(self) -> Iterator[tuple[int, Score]]:
+        """Scores of requests that have ended."""
         while self._ended:
             request = self._ended.pop()
-            members = self._pending.pop(request)
-            for number, index in enumerate(members):
-                self.results[index] = self._result(request, number, self.pairs[index])
-            done += len(members)
-        return done
+            for number, index in enumerate(self._pending.pop(request)):
+                yield index, self._result(request, number, self.pairs[index])
 
     def _result(self, request: Request, number: int, pair: Pair) -> Score:
         scoring = request.scoring
@@ -127,12 +117,20 @@ def score_pairs(
 ) -> list[Score]:
     """Scores of pairs, in their order. See `Engine.score`."""
     if truncate:
-        pairs = [_cut(pair, engine.core.capacity.scorable) for pair in pairs]
-    scores = ScoringRun(engine, pairs, cache_salt).run(use_tqdm)
-    if raise_errors:
-        for score in scores:
-            if score.error is not None:
+        pairs = [cut_left(pair, engine.core.capacity.scorable) for pair in pairs]
+    scores: list[Score | None] = [None] * len(pairs)
+    bar = None
+    if use_tqdm:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=len(pairs), unit="score")
+    with closing(iter(ScoringRun(engine, pairs, cache_salt))) as run, closing(bar) if use_tqdm else nullcontext():
+        for index, score in run:
+            if raise_errors and score.error is not None:
                 raise score.error
+            scores[index] = score
+            if bar is not None:
+                bar.update()
     return scores
 
 
