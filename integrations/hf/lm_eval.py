@@ -15,6 +15,7 @@ import torch
 from lm_eval import utils
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -32,6 +33,7 @@ NAME = "hf-paged"
 SAMPLING = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample"}
 SAMPLING |= {"temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"}
 ALL = 1 << 40
+SLICE = 4096  # requests that are tokenised, and queued, at a time
 
 
 class StopWhere(StoppingCriteria):
@@ -74,6 +76,7 @@ class PagedLM(HFLM):
             raise ValueError(f"model type {NAME} runs causal models only: use --model hf")
         if self.softmax_dtype not in (None, torch.float32):
             raise ValueError(f"softmax_dtype={self.softmax_dtype} is not allowed: {NAME} computes in float32")
+        self._encoded: dict[str, list[int]] = {}
         self.draft_model = self._loaded(draft) if isinstance(draft, str) else draft
         self.speculation = speculation
         with self._precision():
@@ -96,29 +99,61 @@ class PagedLM(HFLM):
 
     # -- scores
 
-    def _scores(self, pairs: list[Pair], done: Any, disable_tqdm: bool) -> list[Score]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None and not args and not kwargs and string in self._encoded:
+            return self._encoded[string]
+        return super().tok_encode(string, add_special_tokens, *args, **kwargs)
+
+    def _encode_ahead(self, requests: list[Any]) -> None:
+        """Tokenise at once what `loglikelihood` is about to ask `tok_encode` for, each text once."""
+        texts = set()
+        for context, continuation in (request.args for request in requests):
+            bare = context.rstrip()
+            if bare:
+                texts |= {bare, context + continuation}
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        plain = [text for text in texts if not has_bos_prefix(text, bos)]
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        ids = self.tokenizer(plain, verbose=False, **special)["input_ids"] if plain else ()
+        self._encoded = dict(zip(plain, ids, strict=True))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding gives it) of each request's continuation behind its context."""
+        found: list[tuple[float, bool]] = []
+        with self._bar(len(requests), disable_tqdm) as self._shown:
+            for first in range(0, len(requests), SLICE):
+                part = requests[first : first + SLICE]
+                try:
+                    self._encode_ahead(part)
+                    found += super().loglikelihood(part, disable_tqdm=True)
+                finally:
+                    self._encoded = {}
+        return found
+
+    def _bar(self, total: int, disable_tqdm: bool) -> tqdm:
+        return tqdm(total=total, disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+
+    def _scores(self, pairs: list[Pair], done: Any) -> list[Score]:
         """Scores of pairs; `done` is called with the index and score of each as soon as it is there."""
         scores: list[Any] = [None] * len(pairs)
         pairs = [cut_left(pair, self.max_length) for pair in pairs]
-        bar = tqdm(total=len(pairs), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
-        with self._precision(), bar, closing(iter(ScoringRun(self.paged_engine(), pairs))) as run:
+        with self._precision(), closing(iter(ScoringRun(self.paged_engine(), pairs))) as run:
             for index, score in run:
                 if score.error is not None:
                     raise score.error
                 scores[index] = score
                 done(index, score)
-                bar.update()
+                self._shown.update()
         return scores
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: Any = None
     ) -> list[tuple[float, bool]]:
         def done(index: int, score: Score) -> None:
-            if requests[index][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], (score.logprob, score.is_greedy))
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], (score.logprob, score.is_greedy))
 
         pairs = [Pair(context, continuation) for _, context, continuation in requests]
-        return [(score.logprob, score.is_greedy) for score in self._scores(pairs, done, disable_tqdm)]
+        return [(score.logprob, score.is_greedy) for score in self._scores(pairs, done)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each request's text, over windows as long as the model takes, none overlapping."""
@@ -140,7 +175,8 @@ class PagedLM(HFLM):
             if not left[owner]:
                 self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, totals[owner])
 
-        self._scores(pairs, done, disable_tqdm)
+        with self._bar(len(pairs), disable_tqdm) as self._shown:
+            self._scores(pairs, done)
         return totals
 
     # -- generation

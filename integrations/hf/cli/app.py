@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, bench_kernels, bench_prefix, bench_speculation, demo, generate, info
+from hf_paged.integrations.cli import (
+    bench,
+    bench_kernels,
+    bench_prefix,
+    bench_speculation,
+    demo,
+    generate,
+    info,
+    lm_eval,
+)
 
 app = typer.Typer(
     name="hf-paged",
@@ -17,6 +26,7 @@ app = typer.Typer(
 app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
+app.command(name="lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
