@@ -14,6 +14,7 @@ _EXPORTS = {
     "CompletionOutput": "hf_paged.outputs",
     "RequestMetrics": "hf_paged.outputs",
     "RequestOutput": "hf_paged.outputs",
+    "Score": "hf_paged.outputs",
     "TokenEvent": "hf_paged.outputs",
     "TokenLogprob": "hf_paged.outputs",
     "EngineStats": "hf_paged.stats",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import index
 
 from hf_paged.params import SamplingParams
+from hf_paged.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Capacity:
         if pool < self.max_model_len:
             return pool, f"the KV pool ({self.num_pages} pages of {self.page_size} tokens)"
         return self.max_model_len, "max_model_len"
+
+    @property
+    def scorable(self) -> int:
+        """Most tokens that may stand before the last one of a text that is scored; all their KV is stored."""
+        return min(self.max_model_len, self.num_pages * self.page_size)
 
 
 def checked_prompt(prompt_ids: Sequence[int], capacity: Capacity) -> list[int]:
@@ -64,6 +70,26 @@ def checked_length(length: int, params: SamplingParams, capacity: Capacity) -> i
             f"the prompt has {length} tokens and max_tokens={params.max_tokens}: {which} allows {limit} tokens in all"
         )
     return params.max_tokens
+
+
+def checked_scoring(token_ids: Sequence[int], scoring: Scoring, capacity: Capacity) -> list[int]:
+    """The tokens of a request that scores, as a list of ints.
+
+    Raises:
+        ValueError: they do not fit, one is outside the vocabulary, or there is nothing to score.
+    """
+    ids = checked_prompt(token_ids, capacity)
+    if not 1 <= scoring.start <= len(ids):
+        raise ValueError(f"start={scoring.start}: must be 1 to {len(ids)}, the number of tokens")
+    if scoring.start == len(ids) and not scoring.ends:
+        raise ValueError("there is no token to score")
+    if scoring.ends:
+        checked_prompt(scoring.ends, capacity)
+    most = capacity.scorable
+    if len(ids) > most:
+        limit, which = capacity.limit
+        raise ValueError(f"{len(ids)} tokens go before the last one that is scored: {which} allows {most}")
+    return ids
 
 
 def bad_word_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:

@@ -102,7 +102,10 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CoreSettings:
-    """What `EngineCore` needs to know, all decided: limits, ids that end a row, the vocabulary."""
+    """What `EngineCore` needs to know, all decided: limits, ids that end a row, the vocabulary.
+
+    `max_logits`: rows of logits that one step may hold behind tokens of prompts.
+    """
 
     max_batch_tokens: int
     max_sequences: int
@@ -113,6 +116,7 @@ class CoreSettings:
     backend: str = "auto"
     prefix_caching: bool = False
     track_optimum: bool = False
+    max_logits: int = 1 << 60
 
 
 def available_memory() -> int:

@@ -14,11 +14,6 @@ from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.verify import Drawing
 
 
-def wants_prompt(row: Row) -> bool:
-    """Whether logits behind all tokens of the row's prompt are needed, which it is about to compute."""
-    return row.request.params.prompt_logprobs is not None and row.index == 0 and not row.output_ids
-
-
 def rows_to_draw(work: Sequence[PlanRow], drafts: dict[PlanRow, Proposal]) -> list[Drawing]:
     """Rows whose last token is computed, and which logits each draws from.
 
@@ -30,7 +25,7 @@ def rows_to_draw(work: Sequence[PlanRow], drafts: dict[PlanRow, Proposal]) -> li
         row, begin, end = planned.row, end, end + planned.logits
         if planned in drafts:
             drawings.append(Drawing(row, begin, drafts[planned]))
-        elif planned.count == planned.sequence.pending:
+        elif planned.count == planned.sequence.pending and row.request.scoring is None:
             drawing = row.request.rows if row.index == 0 and not row.output_ids else [row]
             drawings += [Drawing(each, end - 1) for each in drawing]
     return drawings
@@ -41,7 +36,7 @@ def note_prompts(work: Sequence[PlanRow], logits: torch.Tensor) -> None:
     end = 0
     for planned in work:
         begin, end = end, end + planned.logits
-        if not wants_prompt(planned.row):
+        if not planned.row.scores_prompt or planned.row.request.scoring is not None:
             continue
         request, first = planned.row.request, planned.sequence.computed
         if request.prompt_logprobs is None:

@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_prompt
+from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_prompt, checked_scoring
 from hf_paged.config import CoreSettings
 from hf_paged.drafting import Drafting
-from hf_paged.drawing import append_drawn, note_prompts, rows_to_draw, wants_prompt
+from hf_paged.drawing import append_drawn, note_prompts, rows_to_draw
 from hf_paged.finish import check_finished
 from hf_paged.memory import Memory, OutOfPages
 from hf_paged.outputs import RequestMetrics
@@ -23,6 +23,7 @@ from hf_paged.request import Request, Row, RowHooks
 from hf_paged.roster import Roster
 from hf_paged.sampling import SampleResult
 from hf_paged.scheduler import Decision, Limits, decide
+from hf_paged.scoring import Scoring, note_scores
 from hf_paged.second_tier import SecondTier
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
@@ -140,6 +141,25 @@ class EngineCore:
         self.roster.add(request)
         return request
 
+    def submit_scoring(self, token_ids: Sequence[int], scoring: Scoring, params: SamplingParams) -> Request:
+        """Queue tokens to score, in a request that generates nothing.
+
+        Args:
+            token_ids: at least one token id.
+            params: of which only `cache_salt`, `prefix_caching` and `priority` count.
+
+        Raises:
+            ValueError: they cannot be scored; the message says why.
+        """
+        ids = checked_scoring(token_ids, scoring, self.capacity)
+        scoring.begin(len(ids))
+        metrics = RequestMetrics(time.perf_counter())
+        request = Request(self._free_id(), self._submitted, None, ids, params, 1, metrics, scoring=scoring)
+        request.add_rows(0, None, (), (), self.memory.prefixes is not None and params.prefix_caching is not False)
+        self._submitted += 1
+        self.roster.add(request)
+        return request
+
     def _free_id(self) -> str:
         names = (f"request-{number}" for number in itertools.count(self._submitted))
         return next(name for name in names if name not in self.roster.requests)
@@ -221,7 +241,8 @@ class EngineCore:
 
     def _decide(self) -> Decision:
         settings, memory = self.settings, self.memory
-        limits = Limits(settings.max_batch_tokens, settings.max_sequences, memory.available, memory.page_size)
+        most = settings.max_batch_tokens, settings.max_sequences
+        limits = Limits(*most, memory.available, memory.page_size, settings.max_logits)
         return decide(self.roster.running, self.roster.waiting(), limits, self.supply)
 
     def _apply(self, decision: Decision) -> None:
@@ -245,13 +266,15 @@ class EngineCore:
         """Tokens of a row just admitted whose KV came back from a second tier."""
         if self.second is None or not row.reuses:
             return 0
-        return self.second.restore(row.sequence, self.recorder.tokens_per_second)
+        return self.second.restore(row.sequence, self.recorder.tokens_per_second, row.reusable)
 
     def _reserve(self, decision: Decision) -> list[PlanRow]:
         """Pages for the work. Forks share pages, so `decide` had estimates: a row that gets none sits this step out."""
         copies, rows = [], []
         for work in decision.work:
             row, count = work.row, min(work.count, work.row.sequence.pending)
+            if row.scores_prompt:  # KV that came back from a second tier since brings the places nearer that it scores
+                count = min(count, self.settings.max_logits)
             try:
                 if work.pages:
                     made = self.memory.reserve(row.sequence, count)
@@ -259,9 +282,9 @@ class EngineCore:
                     copies += made
             except OutOfPages:
                 continue
-            logits = count if wants_prompt(row) else int(count == row.sequence.pending)
-            rows.append(PlanRow(row, row.sequence, count, logits))
+            rows.append(PlanRow(row, row.sequence, count, row.logits_of(row.sequence.computed, count)))
         self.store.copy(copies)
+        rows.sort(key=lambda planned: planned.count > 1)
         return rows
 
     def _forward(self, work: list[PlanRow]) -> torch.Tensor:
@@ -278,6 +301,7 @@ class EngineCore:
     ) -> None:
         """Draw what is complete, then commit and finish row by row."""
         note_prompts(work, logits)
+        scored = note_scores(work, logits)
         drawings = rows_to_draw(work, drafts)
         known = sum(w.count for w in work if w not in drafts and (w.count > 1 or not w.row.output_ids))
         for planned in work:
@@ -295,6 +319,8 @@ class EngineCore:
         for drawing in drawings:
             if drawing.row.finish_reason and drawing.row.sequence is not None:
                 self._finish(drawing.row)
+        for row, error in scored:
+            self._finish_scored(row, error)
         self.roster.shed(self.settings.max_sequences)
         generated = len(result.tokens) - before
         self.recorder.add(steps=1, rows=len(work), prompt_tokens=known, generated_tokens=generated)
@@ -318,6 +344,14 @@ class EngineCore:
             raise
         result.tokens.append((row, row.tokens[-1]))
         return not finished
+
+    def _finish_scored(self, row: Row, error: Exception | None) -> None:
+        """End a row that has all its scores, or fails."""
+        if error is not None:
+            self.roster.end(row.request, "error", error)
+            return
+        row.finish_reason = "scored"
+        self._finish(row)
 
     def _finish(self, row: Row) -> None:
         """End a row that has a finish reason; an error of its door ends the request alone."""

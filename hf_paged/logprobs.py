@@ -6,7 +6,7 @@ import torch
 
 from hf_paged.outputs import TokenLogprob
 
-_CHUNK = 1 << 22  # logits of a prompt are turned into log-probabilities this many numbers at a time
+_CHUNK = 1 << 22  # logits of given tokens are turned into log-probabilities this many numbers at a time
 
 
 def token_logprobs(
@@ -57,3 +57,23 @@ def prompt_logprobs(logits: torch.Tensor, next_ids: torch.Tensor, k: int) -> lis
         part = logits[start : start + step].float()
         found += token_logprobs(part, part, next_ids[start : start + step].tolist(), k)
     return found
+
+
+def chosen_logprobs(logits: torch.Tensor, lines: Sequence[int], ids: Sequence[int]) -> tuple[list[float], list[bool]]:
+    """Log-probabilities of given tokens alone, and whether each is the most probable one of its line.
+
+    logits: float32 [n, V]. lines: m ascending indices of lines, each as often as tokens are asked of it; ids: m token
+    ids. A line whose log-softmax is undefined (NaN, or infinite logits) gives NaN.
+    """
+    at = torch.tensor(lines, device=logits.device)
+    used, owner = torch.unique_consecutive(at, return_inverse=True)
+    chosen = torch.tensor(ids, device=logits.device)
+    totals, best = logits.new_empty(len(used)), torch.empty_like(used)
+    step = max(1, _CHUNK // logits.shape[1])
+    for start in range(0, len(used), step):
+        part = logits[used[start : start + step]]
+        totals[start : start + step] = part.logsumexp(dim=1)
+        best[start : start + step] = part.argmax(dim=1)
+    totals.masked_fill_(~totals.isfinite(), torch.nan)
+    own = logits[at, chosen] - totals[owner]
+    return own.tolist(), (best[owner] == chosen).tolist()

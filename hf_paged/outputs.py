@@ -1,5 +1,6 @@
-"""What the engine hands back: results of requests, their tokens' log-probabilities, and token events."""
+"""What the engine hands back: results of requests, their tokens' log-probabilities, scores, and token events."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,6 +78,35 @@ class RequestOutput:
     error: Exception | None = None
     metrics: RequestMetrics | None = None
     finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the model makes of a text behind another, as `Engine.score` and `Engine.perplexity` give it.
+
+    token_ids: the tokens scored. logprobs: natural logarithm of each one's probability, log-softmax in float32.
+    greedy: whether each is the most probable token at its place. error: why there are no scores.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    greedy: list[bool]
+    error: Exception | None = None
+
+    @property
+    def logprob(self) -> float:
+        """The text's log-probability: the sum over its tokens; NaN where it failed."""
+        return math.nan if self.error is not None else sum(self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would give this text."""
+        return self.error is None and all(self.greedy)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability of its tokens."""
+        return math.exp(-self.logprob / len(self.logprobs)) if self.logprobs else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from hf_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from hf_paged.params import SamplingParams
 from hf_paged.sampling import Pipeline, SamplingRow
+from hf_paged.scoring import Scoring
 from hf_paged.seeds import mix_seed
 from hf_paged.sequence import Sequence
 from hf_paged.text import IncrementalText
@@ -76,6 +77,32 @@ class Row:
         return self.shared and (self.request.params.prompt_logprobs is None or bool(self.index or self.output_ids))
 
     @property
+    def reusable(self) -> int:
+        """Tokens, from the first, whose KV others may have computed: behind the next ones logits are needed."""
+        scoring = self.request.scoring
+        return (len(self.tokens) if scoring is None else scoring.start) - 1
+
+    @property
+    def proven(self) -> bool:
+        """Whether its KV is known to be good, since its logits were."""
+        scoring = self.request.scoring
+        return bool(self.output_ids) if scoring is None else not scoring.left
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logits behind tokens of its prompt are needed, which it is about to compute."""
+        request = self.request
+        if request.scoring is not None:
+            return True
+        return request.params.prompt_logprobs is not None and self.index == 0 and not self.output_ids
+
+    def logits_of(self, begin: int, count: int) -> int:
+        """Behind how many of its `count` tokens from `begin` on logits are needed: the last ones."""
+        if self.request.scoring is not None:
+            return min(count, max(begin + count - self.reusable, 0))
+        return count if self.scores_prompt else int(begin + count == len(self.tokens))
+
+    @property
     def salt(self) -> str | None:
         """Who it shares KV with: rows of the same salt."""
         return self.request.params.cache_salt
@@ -128,7 +155,7 @@ class Row:
 class Request:
     """A prompt and the rows that continue it. `ended`: all of them are finished, or it was cancelled or failed.
 
-    `on_end` is called with the request when it ends. `speculator` drafts for it.
+    `on_end` is called with the request when it ends. `speculator` drafts for it. With `scoring` it generates nothing.
     """
 
     request_id: str
@@ -144,6 +171,7 @@ class Request:
     ended: bool = False
     on_end: Callable[[Request], None] | None = None
     speculator: Speculator | None = None
+    scoring: Scoring | None = None
 
     def add_rows(
         self,

@@ -121,13 +121,13 @@ class Roster:
     def _release(self, row: Row) -> None:
         """Take a row's pages, of which the prefix cache keeps what is good.
 
-        Zeros go where numbers may not be finite. A row with a token is known to be good: its logits were.
+        Zeros go where numbers may not be finite. Those of a row that is `proven` are.
         """
         self.running.pop(row, None)
         sequence, row.sequence = row.sequence, None
         if sequence is not None:
             good = row.request.error is None
-            if good and not row.output_ids:
+            if good and not row.proven:
                 good = self.store.finite(sequence.pages)
             freed = self.memory.close(sequence, keep=good)
             if not good or row.finish_reason is None:

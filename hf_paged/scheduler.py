@@ -49,12 +49,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens of one step, rows at a time, pages that can be had now, tokens a page."""
+    """Tokens of one step, rows at a time, pages that can be had now, tokens a page, and rows of logits behind prompt
+    tokens in one step (those that new tokens are drawn from come on top)."""
 
     max_batch_tokens: int
     max_sequences: int
     free_pages: int
     page_size: int
+    max_logits: int = 1 << 60
 
 
 def decide(running: Iterable[Row], waiting: Iterable[Row], limits: Limits, supply: Supply) -> Decision:
@@ -91,7 +93,7 @@ class _Grants:
     def __init__(self, rows: Iterable[Row], limits: Limits, supply: Supply) -> None:
         self.supply = supply
         self.alive = dict.fromkeys(rows)
-        self.free, self.budget = limits.free_pages, limits.max_batch_tokens
+        self.free, self.budget, self.logits = limits.free_pages, limits.max_batch_tokens, limits.max_logits
         self.work: list[Work] = []
         self.preempted: list[Row] = []
 
@@ -99,7 +101,9 @@ class _Grants:
         """Tokens of the budget and pages to `row`, unless it has lost its own."""
         if row not in self.alive or self.budget == 0:
             return
-        count = min(row.sequence.pending, self.budget)
+        count = self.ration(row, row.sequence.computed, min(row.sequence.pending, self.budget))
+        if count == 0:
+            return
         want = self.supply.needed(row, count)
         while want > self.free and row in self.alive:
             self._preempt_last()
@@ -107,6 +111,15 @@ class _Grants:
             self.free -= want
             self.budget -= count
             self.work.append(Work(row, count, want))
+
+    def ration(self, row: Row, begin: int, count: int) -> int:
+        """Of the next `count` tokens of `row`, from `begin` on, as many as leave its logits within the limit."""
+        if not row.scores_prompt:
+            return count
+        logits = row.logits_of(begin, count)
+        count -= max(logits - self.logits, 0)
+        self.logits -= min(logits, self.logits)
+        return count
 
     def _preempt_last(self) -> None:
         victim, _ = self.alive.popitem()
@@ -134,7 +147,7 @@ class _Admission:
 
     def __init__(self, limits: Limits, grants: _Grants, supply: Supply) -> None:
         self.limits, self.free, self.budget = limits, grants.free, grants.budget
-        self.supply = supply
+        self.supply, self.ration = supply, grants.ration
         self.running, self.places = len(grants.alive), limits.max_sequences - len(grants.alive)
         self.newest = max((row.request.number for row in grants.alive), default=0)
         self.in_flight = InFlight(grants.alive, limits.page_size)
@@ -159,7 +172,9 @@ class _Admission:
             prospect = self.supply.frugal(row, prospect)
         if not self._fits(prospect):
             return False
-        count = min(len(row.tokens) - prospect.known, self.budget)
+        count = self.ration(row, prospect.known, min(len(row.tokens) - prospect.known, self.budget))
+        if count == 0:
+            return True
         self.free -= prospect.fresh + len(self._unclaimed(prospect))
         self.claimed.update(prospect.idle)
         self.budget -= count

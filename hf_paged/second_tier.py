@@ -31,18 +31,19 @@ class SecondTier:
             for tier in self.tiers:
                 tier.put(tokens, node.salt, node.page)
 
-    def restore(self, sequence: Sequence, tokens_per_second: float | None) -> int:
+    def restore(self, sequence: Sequence, tokens_per_second: float | None, most: int) -> int:
         """Bring back pages behind those that a sequence, just opened, has found; where that seems faster.
 
         Args:
             tokens_per_second: how fast tokens are computed; None: not known yet.
+            most: tokens that it may begin with.
         Returns:
             tokens whose KV came back.
         """
         before, size = sequence.computed, self.memory.page_size
         for tier in self.tiers:
             first = sequence.computed // size
-            path = sequence.tokens[: (len(sequence.tokens) - 1) // size * size]
+            path = sequence.tokens[: most // size * size]
             count = tier.count(path, sequence.salt, first)
             if not count or not tier.worth(count, tokens_per_second):
                 continue

@@ -54,7 +54,7 @@ class Supply:
         total = memory.pages_for(len(row.tokens))
         if not row.reuses or memory.prefixes is None:
             return Prospect(None, total)
-        return self._of(memory.find(row.tokens, row.salt), total)
+        return self._of(memory.find(row.tokens[: row.reusable + 1], row.salt), total)
 
     def frugal(self, row: Row, prospect: Prospect) -> Prospect:
         """The same without a page that it would copy: while it does, it would hold one more than it needs."""
@@ -81,7 +81,7 @@ class InFlight:
 
     def brings(self, row: Row, prospect: Prospect) -> bool:
         """Whether `row` had better wait: another computes a page or more of what it needs, or most of it."""
-        last = len(row.tokens) - 1  # computed in any case, for its logits
+        last = row.reusable  # what lies behind is computed in any case, for its logits
         for other in self._rows.get(prospect.found.node, ()):
             begin = prospect.found.node.depth * self.page_size
             gain = begin + common_length(row.tokens, other.tokens, begin, last) - prospect.known

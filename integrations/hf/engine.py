@@ -18,13 +18,14 @@ from hf_paged.integrations.drafters import make_drafter, speculation_settings
 from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
 from hf_paged.integrations.prompts import Prompt, listed, refused
+from hf_paged.integrations.scoring import perplexities, score_all
 from hf_paged.integrations.sizing import core_settings, make_tiers, pool_pages
 from hf_paged.integrations.summary import TreeSummary, summarise
 from hf_paged.integrations.validity import Validity, identity
 from hf_paged.integrations.vocabularies import Pair, tokenizer_pair
 from hf_paged.kernels import choose_backend
 from hf_paged.memory import Memory
-from hf_paged.outputs import RequestOutput, TokenEvent
+from hf_paged.outputs import RequestOutput, Score, TokenEvent
 from hf_paged.params import SamplingParams
 from hf_paged.request import Request, Row
 from hf_paged.saved import load_prefixes, save_prefixes
@@ -189,6 +190,60 @@ class Engine:
             self.drop([request])
         if request.error is not None:
             raise request.error
+
+    def score(
+        self,
+        contexts: Prompt | Sequence[Prompt],
+        continuations: Any,
+        *,
+        truncate: bool = False,
+        cache_salt: str | None = None,
+        use_tqdm: bool = False,
+        raise_errors: bool = False,
+    ) -> Any:
+        """Log-probabilities of texts behind others; nothing is generated.
+
+        Tokens that contexts share are computed once, and logits only behind tokens that are scored; continuations that
+        differ in their last token alone cost one row of logits together. Texts are tokenised as
+        lm-evaluation-harness does: context and continuation as one text, spaces at the end of a context with what
+        follows. An empty context is the BOS token, or EOS where there is none.
+
+        Args:
+            contexts: a text, a list of token ids, or a list of either.
+            continuations: for one context a text, token ids, or a list of either; for several a list of these.
+            truncate: cut contexts that are too long at their beginning; else they are refused.
+            cache_salt: share KV with requests of the same salt only.
+            use_tqdm: show progress.
+            raise_errors: raise the first error instead of leaving it in `Score.error`.
+        Returns:
+            A `Score` for each continuation, in the shape of `continuations`.
+        Raises:
+            ValueError: there is no tokenizer, or the two do not go together.
+        """
+        options = {"truncate": truncate, "cache_salt": cache_salt, "use_tqdm": use_tqdm, "raise_errors": raise_errors}
+        return score_all(self, contexts, continuations, **options)
+
+    def perplexity(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        use_tqdm: bool = False,
+        raise_errors: bool = False,
+    ) -> list[Score]:
+        """Log-probabilities of whole documents, however long: each token is scored once, the first behind BOS.
+
+        Args:
+            texts: a text, a list of token ids, or a list of either.
+            window: tokens of one forward. Default: as many as the engine takes.
+            stride: tokens scored in each window but the first, behind `window - stride + 1` others; the less, the more
+                context a token has, and the longer it takes. Default: `window`.
+            use_tqdm, raise_errors: as in `score`.
+        Returns:
+            One `Score` a text, with `logprob` and `perplexity`.
+        """
+        return perplexities(self, texts, window, stride, use_tqdm=use_tqdm, raise_errors=raise_errors)
 
     # -- the loop, for whoever owns it
 

@@ -17,18 +17,18 @@ def listed(prompts: Any) -> list[Prompt]:
     Raises:
         ValueError: they are something else.
     """
-    prompts = _plain(prompts)
+    prompts = plain(prompts)
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(
             f"prompts is a {type(prompts).__name__}: give a text, a list of token ids, or a list of either"
         )
-    prompts = [_plain(prompt) for prompt in prompts]
+    prompts = [plain(prompt) for prompt in prompts]
     return [prompts] if prompts and isinstance(prompts[0], Integral) else prompts
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A tensor or an array as a list."""
     return value.tolist() if hasattr(value, "tolist") else value
 

@@ -13,6 +13,9 @@ from hf_paged.tier_disk import DiskTier
 from hf_paged.tier_host import HostTier
 from hf_paged.tiers import Tier
 
+# Numbers in the logits behind tokens of prompts that one step may hold: 128 MB and 1 GB in float32.
+LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+
 
 def pool_pages(config: EngineConfig, facts: ModelFacts) -> int:
     """Pages of the pool: as asked, or what the memory fraction holds."""
@@ -38,6 +41,7 @@ def core_settings(config: EngineConfig, facts: ModelFacts) -> CoreSettings:
         backend=config.backend,
         prefix_caching=config.prefix_caching,
         track_optimum=config.track_optimum,
+        max_logits=max(LOGITS.get(facts.device.type, LOGITS["cuda"]) // facts.vocab_size, 1),
     )
 
 

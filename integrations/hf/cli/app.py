@@ -14,6 +14,7 @@ from hf_paged.integrations.cli import (
     eval,
     generate,
     info,
+    lm_eval,
 )
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
 app.command(name="eval")(eval.evaluate)
 app.command(name="info")(info.info)
+app.command(name="lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="eval")(bench_eval.evaluation)
 bench.app.command(name="speculation")(bench_speculation.speculation)
