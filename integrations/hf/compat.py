@@ -66,3 +66,8 @@ def pipeline_arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
 def pipeline_own_arguments(pipe: Any) -> dict[str, Any]:
     """Arguments of `pipeline(...)` that its `_forward` adds to those of a call."""
     return getattr(pipe, "_generate_kwargs", {})
+
+
+def spread_by_tensors(model: Any) -> bool:
+    """Whether each process holds a part of every weight (`tp_plan`)."""
+    return getattr(model, "_device_mesh", None) is not None

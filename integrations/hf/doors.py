@@ -34,7 +34,8 @@ _originals: dict[tuple[type, str], Any] = {}
 def enable(**settings: Any) -> None:
     """Make `generate` take `cache_implementation="paged"` as a request for hf_paged. Every other call is untouched.
 
-    So does `pipeline("text-generation")`, which then runs all rows of a call as one continuous batch.
+    So does `pipeline("text-generation")`, which then runs all rows of a call as one continuous batch. transformers' own
+    batch API (`generate_batch`, `init_continuous_batching`, ...) runs on the same engine.
 
     Calling it again changes the settings; `disable` undoes it.
 
@@ -72,9 +73,12 @@ def _hooks() -> list[tuple[type, str, Callable[..., Any]]]:
     """What `enable` replaces: a class, a name in it, and what makes the new function of the old one and settings."""
     from transformers.pipelines.text_generation import TextGenerationPipeline
 
+    from hf_paged.integrations.batching.doors import WRAPPERS
     from hf_paged.integrations.pipelines import wrap_iterator
 
-    return [(GenerationMixin, "generate", _wrap), (TextGenerationPipeline, "get_iterator", wrap_iterator)]
+    batching = [(GenerationMixin, name, wrap) for name, wrap in WRAPPERS.items()]
+    pipelines = (TextGenerationPipeline, "get_iterator", wrap_iterator)
+    return [(GenerationMixin, "generate", _wrap), pipelines, *batching]
 
 
 def _wrap(original: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
