@@ -155,9 +155,9 @@ def test_arguments_are_honoured_or_refused(model):
 
 
 def test_configuration_of_batching(model, caplog):
-    given = ContinuousBatchingConfig(
-        page_size=8, num_blocks=20, max_batch_tokens=6, max_requests_per_batch=2, return_logprobs=True
-    )
+    size = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
+    limits = {size: 8, "num_blocks": 20, "max_batch_tokens": 6, "max_requests_per_batch": 2}
+    given = ContinuousBatchingConfig(**limits, return_logprobs=True)
     with model.continuous_batching_context_manager(config(), continuous_batching_config=given) as manager:
         manager.add_requests(PROMPTS)
         results = [manager.get_result() for _ in PROMPTS]
@@ -428,3 +428,16 @@ def test_a_model_in_training_is_as_found(model):
     wanted = tokens(model.generate_batch(PROMPTS, config()))
     assert model.training
     assert wanted == alone(model.eval())
+
+
+def test_weights_that_change_between_calls(model):
+    """The engine outlives the calls here, and its tree holds the very prompts."""
+    model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, cache_implementation="paged")
+    engine, seen = engine_of(model), []
+    for _ in range(3):
+        seen.append(tokens(model.generate_batch(PROMPTS, config())))
+        assert seen[-1] == alone(model) and engine_of(model) is engine
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.2)
+    assert seen[0] != seen[1] != seen[2]
