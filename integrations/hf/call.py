@@ -14,14 +14,21 @@ from hf_paged.integrations.engine import Engine
 from hf_paged.integrations.processors import Criteria, RowPrompt, native_params, pipelines, without_pads
 from hf_paged.integrations.streaming import ColumnStream
 from hf_paged.params import SamplingParams
-from hf_paged.request import Row, RowHooks
+from hf_paged.request import Request, Row, RowHooks
 from hf_paged.seeds import draw_seed, mix_seed
 from hf_paged.speculation.speculator import Speculator
 
 
 @dataclass(eq=False)
 class Call:
-    """One batch on an engine: queue its rows, step until all have ended, and lay the result out as `generate` does."""
+    """One batch on an engine: queue its rows, step until all have ended, and lay the result out as `generate` does.
+
+    `run` does all of it. Who steps many calls together calls `queue`, then, once `ended`, `result`, and `end` always.
+
+    Attributes:
+        base, first: rows draw with `mix_seed(base, first)`, `mix_seed(base, first + 1)`, ...; base is drawn where none
+            is given. extra: further arguments of the rows' `SamplingParams`.
+    """
 
     engine: Engine
     model_config: Any
@@ -33,11 +40,28 @@ class Call:
     streamer: Any
     sharing: dict[str, Any] = field(default_factory=dict)
     speculator: Speculator | None = None
+    base: int | None = None
+    first: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     kv: dict[Row, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """The whole call."""
+        try:
+            self.queue()
+            self._finish()
+            return self.result()
+        finally:
+            self.end()
+
+    def queue(self) -> None:
+        """Queue the rows on the engine.
+
+        Raises:
+            ValueError: they cannot be served.
+        """
         wants = self.config.return_dict_in_generate
         self.keep_logits = bool(wants and self.config.output_logits)
         self.keep_scores = bool(wants and self.config.output_scores)
@@ -46,30 +70,38 @@ class Call:
         many = len(self.prompts) > 1
         odd_stop = bool(self.criteria.others) and not self.criteria.eos_ids
         self.lockstep = Lockstep(self) if many and (self.keep_logits or self.keep_scores or odd_stop) else None
-        try:
-            with self.engine.lock:
-                self.engine.begin()
-                self._submit()
-            self._finish()
-            return self._result()
-        finally:
-            self._end()
+        with self.engine.lock:
+            self.engine.begin()
+            self._submit()
+
+    @property
+    def requests(self) -> list[Request]:
+        """Its requests, in order."""
+        return list(dict.fromkeys(row.request for row in self.rows))
+
+    @property
+    def ended(self) -> bool:
+        """Whether all rows have ended, one way or another."""
+        return all(row.request.ended for row in self.rows)
 
     def _finish(self) -> None:
         """Step until all rows have ended."""
-        requests = list(dict.fromkeys(row.request for row in self.rows))
+        requests = self.requests
         stream = ColumnStream(self.streamer, self.pad) if self.streamer is not None else None
         while not all(request.ended for request in requests):
             self.engine.advance(requests)
-            for request in requests:
-                if request.error is not None:
-                    raise request.error
+            self._raise()
             if stream is not None:
                 stream.update(self.rows, self.width)
         if stream is not None:
             stream.end()
 
-    def _end(self) -> None:
+    def _raise(self) -> None:
+        for row in self.rows:
+            if row.request.error is not None:
+                raise row.request.error
+
+    def end(self) -> None:
         """Leave nothing in the engine, whatever happened and wherever, and nothing that holds itself alive."""
         for name in self.names:
             self.engine.cancel(name)
@@ -98,10 +130,9 @@ class Call:
         # An id that is no token ends nothing.
         ends = () if self.lockstep else [i for i in self.criteria.eos_ids if 0 <= i < self.engine.facts.vocab_size]
         params = SamplingParams(
-            n=each, max_tokens=budget, ignore_eos=True, stop_token_ids=ends, **self.sharing, **params
+            n=each, max_tokens=budget, ignore_eos=True, stop_token_ids=ends, **self.sharing, **self.extra, **params
         )
-        own_seed = self.engine.config.seed
-        base = draw_seed() if self.config.do_sample and own_seed is None else 0
+        base = self._base()
         hooks = [self._hooks(p, prompt) for p, prompt in zip(pipelines(rest, self.prompts), self.prompts, strict=True)]
         for first in range(0, len(self.prompts), each):
             # Names of our own, known before: an interrupt at any place leaves nothing that cannot be found again.
@@ -110,12 +141,21 @@ class Call:
             request = core.submit(
                 self.prompts[first].ids,
                 params,
-                seed=mix_seed(base, first // each) if own_seed is None else mix_seed(own_seed, core.submitted),
+                seed=self._seed(base, first // each, core.submitted),
                 request_id=self.names[-1],
                 hooks=hooks[first : first + each],
                 speculator=self.speculator,
             )
             self.rows += request.rows
+
+    def _base(self) -> int:
+        """The seed from which those of rows derive."""
+        draws = self.config.do_sample and self.engine.config.seed is None
+        return self.base if self.base is not None else draw_seed() if draws else 0
+
+    def _seed(self, base: int, index: int, submitted: int) -> int:
+        own = self.engine.config.seed
+        return mix_seed(base, self.first + index) if own is None else mix_seed(own, submitted)
 
     def _hooks(self, pipeline: Any, prompt: RowPrompt) -> RowHooks:
         stop: Callable[[Row], Any] | None = self.criteria.stop(self.input_ids[prompt.index, : prompt.pads])
@@ -149,7 +189,9 @@ class Call:
             cache.update(*pair, layer)
         return cache
 
-    def _result(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """What `generate` returns, once all rows have ended; raises the error of one that failed."""
+        self._raise()
         outputs = [row.output_ids for row in self.rows]
         width = self.width
         outputs = [ids[:width] + [self.pad] * (width - len(ids)) for ids in outputs]

@@ -50,3 +50,24 @@ def runs_in_step_with_others(model: Any) -> bool:
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return False
     return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+
+
+def pipeline_arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a text-generation pipeline's `_forward` would hand to `generate`, beside the inputs.
+
+    Since 5.18 it adds the arguments of `pipeline(...)` and its own defaults to those `given`; before, it held them in
+    a generation config of its own.
+    """
+    if hasattr(pipe, "_prepare_generate_kwargs"):
+        return pipe._prepare_generate_kwargs(dict(given))
+    return {"generation_config": pipe.generation_config} | given
+
+
+def pipeline_own_arguments(pipe: Any) -> dict[str, Any]:
+    """Arguments of `pipeline(...)` that its `_forward` adds to those of a call."""
+    return getattr(pipe, "_generate_kwargs", {})
+
+
+def spread_by_tensors(model: Any) -> bool:
+    """Whether each process holds a part of every weight (`tp_plan`)."""
+    return getattr(model, "_device_mesh", None) is not None

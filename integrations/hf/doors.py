@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.assistance import ASKING, asked
+from hf_paged.integrations.call import Call
 from hf_paged.integrations.compat import runs_in_step_with_others
 from hf_paged.integrations.fallback import make_cache
 from hf_paged.integrations.generate import ENGINE_MODES, run_prepared
@@ -26,10 +27,15 @@ from hf_paged.params import SamplingParams
 
 logger = logging.getLogger("hf_paged")
 _lock = threading.Lock()
+# What stood where `enable` has put its own functions; None: nothing, the name was inherited.
+_originals: dict[tuple[type, str], Any] = {}
 
 
 def enable(**settings: Any) -> None:
     """Make `generate` take `cache_implementation="paged"` as a request for hf_paged. Every other call is untouched.
+
+    So does `pipeline("text-generation")`, which then runs all rows of a call as one continuous batch. transformers' own
+    batch API (`generate_batch`, `init_continuous_batching`, ...) runs on the same engine.
 
     Calling it again changes the settings; `disable` undoes it.
 
@@ -43,34 +49,51 @@ def enable(**settings: Any) -> None:
     """
     EngineConfig.from_dict(settings)
     with _lock:
-        current = GenerationMixin.generate
-        original = getattr(current, "_hf_paged_original", current)
-        GenerationMixin.generate = _wrap(original, dict(settings))
+        for owner, name, wrap in _hooks():
+            current = getattr(owner, name)
+            original = getattr(current, "_hf_paged_original", current)
+            _originals.setdefault((owner, name), owner.__dict__.get(name))
+            wrapped = functools.wraps(original)(wrap(original, dict(settings)))
+            wrapped._hf_paged_original = original
+            setattr(owner, name, wrapped)
 
 
 def disable() -> None:
-    """Put transformers' own `generate` back. Engines live on with their models."""
+    """Put transformers' own functions back. Engines live on with their models."""
     with _lock:
-        original = getattr(GenerationMixin.generate, "_hf_paged_original", None)
-        if original is not None:
-            GenerationMixin.generate = original
+        while _originals:
+            (owner, name), original = _originals.popitem()
+            if original is None:  # it was inherited
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+
+def _hooks() -> list[tuple[type, str, Callable[..., Any]]]:
+    """What `enable` replaces: a class, a name in it, and what makes the new function of the old one and settings."""
+    from transformers.pipelines.text_generation import TextGenerationPipeline
+
+    from hf_paged.integrations.batching.doors import WRAPPERS
+    from hf_paged.integrations.pipelines import wrap_iterator
+
+    batching = [(GenerationMixin, name, wrap) for name, wrap in WRAPPERS.items()]
+    pipelines = (TextGenerationPipeline, "get_iterator", wrap_iterator)
+    return [(GenerationMixin, "generate", _wrap), pipelines, *batching]
 
 
 def _wrap(original: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def generate(self: nn.Module, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if _setting("cache_implementation", kwargs, generation_config, self) != "paged":
+        if setting("cache_implementation", kwargs, generation_config, self) != "paged":
             return original(self, inputs, generation_config, *args, **kwargs)
         names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
         names += ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
         kwargs.update(zip(names, args, strict=False))
         return PagedCall(original, self, settings, generation_config, kwargs).run(inputs)
 
-    generate._hf_paged_original = original
     return generate
 
 
-def _setting(name: str, kwargs: dict[str, Any], generation_config: Any, model: nn.Module) -> Any:
+def setting(name: str, kwargs: dict[str, Any], generation_config: Any, model: nn.Module) -> Any:
     """A generation setting where `generate` looks for it: the keyword, the config given, the model's own."""
     if name in kwargs:
         return kwargs[name]
@@ -126,7 +149,7 @@ class PagedCall:
         self.speculation = kwargs.pop("speculation", None)
         # Arguments of this door alone: `generate` does not know them.
         sharing = {name: kwargs.pop(name) for name in ("prefix_caching", "cache_salt") if name in kwargs}
-        of_call = _setting("cache_config", kwargs, generation_config, model)
+        of_call = setting("cache_config", kwargs, generation_config, model)
         self.config, self.salt = _engine_config(settings, of_call, sharing)
         SamplingParams(cache_salt=self.salt)  # refuses what is no salt
         self.generation_config = copy.deepcopy(generation_config)
@@ -143,13 +166,25 @@ class PagedCall:
         if getattr(self.model.generation_config, name, None) is not None:
             kwargs[name] = None
 
-    def run(self, inputs: Any) -> Any:
-        # What the call amounts to, once its own settings and the model's are put together.
-        settings = {k: v for k, v in self.kwargs.items() if k not in ("tokenizer", "assistant_tokenizer")}
-        effective, _ = self.model._prepare_generation_config(self.generation_config, **settings)
-        reason = self._why_not(effective)
+    def run(self, inputs: Any, start: Callable[[Call], Any] = Call.run) -> Any:
+        """The call.
+
+        Args:
+            start: what is done with the prepared `Call` where the engine can run it; its result is returned.
+        """
+        effective = self.effective()
+        reason = self.why_not(effective)
         if reason is not None:
             return self._loop(inputs, effective, reason)
+        return self.original(self.model, inputs, self.generation_config, **self.for_engine(effective, start))
+
+    def effective(self) -> Any:
+        """What the call amounts to, once its own settings and the model's are put together."""
+        settings = {k: v for k, v in self.kwargs.items() if k not in ("tokenizer", "assistant_tokenizer")}
+        return self.model._prepare_generation_config(self.generation_config, **settings)[0]
+
+    def for_engine(self, effective: Any, start: Callable[[Call], Any]) -> dict[str, Any]:
+        """Arguments with which transformers' `generate` prepares the call, then hands it to `start`."""
         kwargs = self._with_stop_strings(effective)
         config, salt, streamer = self.config, self.salt, kwargs.get("streamer")
         draft_model, theirs = kwargs.pop("assistant_model", None), kwargs.pop("assistant_tokenizer", None)
@@ -163,12 +198,11 @@ class PagedCall:
         # With the parameters of a decoding method: any other name would be taken out of the caller's arguments.
         def engine(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             prepared = (self, input_ids, logits_processor, stopping_criteria, generation_config)
-            return run_prepared(*prepared, config, streamer, model_kwargs, salt, drafting)
+            return run_prepared(*prepared, config, streamer, model_kwargs, salt, drafting, start)
 
-        kwargs["custom_generate"] = engine
-        return self.original(self.model, inputs, self.generation_config, **kwargs)
+        return kwargs | {"custom_generate": engine}
 
-    def _why_not(self, effective: Any) -> str | None:
+    def why_not(self, effective: Any) -> str | None:
         """Why transformers' own loop must run the whole call; None where the engine may."""
         mode = effective.get_generation_mode(self.kwargs.get("assistant_model"))
         assisted = mode is GenerationMode.ASSISTED_GENERATION and not getattr(effective, "use_mtp", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,11 +78,13 @@ def run_prepared(
     model_kwargs: dict[str, Any],
     salt: str | None = None,
     drafting: tuple[SpeculationConfig | None, nn.Module | None, Pair | None] = (None, None, None),
+    start: Callable[[Call], Any] = Call.run,
 ) -> Any:
     """A prepared batch, on the engine where it can, else in transformers' loop.
 
     Args:
         drafting: who drafts, the draft model, and both tokenizers where they may differ.
+        start: what is done with a call that the engine can run.
     """
     for name in ASKING:  # they are in `drafting` now: without them it is greedy search or sampling
         setattr(generation_config, name, None)
@@ -100,7 +103,7 @@ def run_prepared(
     text_config = model.config.get_text_config(decoder=True)
     criteria, sharing = Criteria.of(criteria), {"prefix_caching": config.prefix_caching, "cache_salt": salt}
     prepared = (input_ids, prompts, processors, criteria, generation_config, streamer)
-    return Call(engine, text_config, *prepared, sharing, speculator_for(engine, *drafting)).run()
+    return start(Call(engine, text_config, *prepared, sharing, speculator_for(engine, *drafting)))
 
 
 def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[RowPrompt] | None:
