@@ -7,6 +7,7 @@ from collections import deque
 from math import log2
 
 KEPT = 9  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
+KNOWN = 3  # measurements of a size before they count: one that stumbled would bar it for good
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
 
 
@@ -40,7 +41,8 @@ class CostTable:
     def _settle(self) -> None:
         """Seconds in order of size: medians, but the least of a few. A smaller size never costs more than a larger one:
         noise that says so is evened out downwards, so that one bad measurement bars nothing for good."""
-        points = sorted((size, _usual(times)) for times, size in self._seen.values() if times)
+        seen = [entry for entry in self._seen.values() if len(entry[0]) >= KNOWN] or self._seen.values()
+        points = sorted((size, _usual(times)) for times, size in seen if times)
         self._sizes = [size for size, _ in points]
         least, self._seconds = float("inf"), []
         for _, seconds in reversed(points):
