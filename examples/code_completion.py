@@ -39,7 +39,7 @@ def main() -> None:
         )
         found[name] = sorted(read_rows(folder / name), key=lambda row: row["row"])
         taken = "" if summary.acceptance is None else f", {summary.acceptance:.0%} of drafts taken"
-        print(f"{name}: {summary.rows} rows, {summary.tokens_per_second:.0f} tokens/s{taken}")
+        print(f"{name}: {summary.rows} rows, {summary.generated_tokens} tokens in {summary.steps} forwards{taken}")
     print("the same rows:", found["plain"] == found["drafted"])
     row = found["drafted"][0]
     print(row["prompt"] + row["text"])
