@@ -8,6 +8,7 @@ from hf_paged.integrations.cli import (
     bench,
     bench_kernels,
     bench_prefix,
+    bench_score,
     bench_speculation,
     demo,
     generate,
@@ -30,6 +31,7 @@ app.command(name="lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
+bench.app.command(name="score")(bench_score.score)
 app.add_typer(bench.app, name="bench")
 
 
