@@ -6,6 +6,7 @@ Both get the same requests through the same call of lm-eval's interface, `loglik
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
 from collections import defaultdict
@@ -98,6 +99,7 @@ def harnesses(loaded: Loaded, settings: dict[str, Any]) -> tuple[Harness, Harnes
         from hf_paged.integrations.lm_eval import PagedLM
     except ImportError as error:
         raise BadInput(f"lm-eval is needed ({error}): pip install 'hf-paged[lm-eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of models that are loaded already
     given = {"tokenizer": loaded.tokenizer}
     return Harness("hf-paged", PagedLM(loaded.model, **given, **settings)), Harness("hf", HFLM(loaded.model, **given))
 
