@@ -226,6 +226,7 @@ def test_the_type_is_registered_and_takes_engine_settings(folder):
         cls(str(folder / "model"), device="cpu", page_size=0)
 
 
+@pytest.mark.slow  # the command reads all of lm-eval's own tasks first
 def test_the_command_runs_lm_eval(folder, tmp_path):
     arguments = ["--model", "hf-paged", "--model_args", f"pretrained={folder / 'model'},dtype=float32,num_pages=200"]
     arguments += ["--device", "cpu", "--tasks", "local_choice", "--include_path", str(folder)]

@@ -9,6 +9,7 @@ from hf_paged.integrations.cli import (
     bench_eval,
     bench_kernels,
     bench_prefix,
+    bench_score,
     bench_speculation,
     demo,
     eval,
@@ -34,6 +35,7 @@ bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="eval")(bench_eval.evaluation)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
+bench.app.command(name="score")(bench_score.score)
 app.add_typer(bench.app, name="bench")
 
 
