@@ -1,7 +1,5 @@
 """TRL's GRPO trainer with its continuous batching, on hf_paged: no rollout has KV of other weights."""
 
-import copy
-
 import pytest
 import torch
 from conftest import MODELS, assert_clean, engine_of
@@ -14,6 +12,10 @@ datasets = pytest.importorskip("datasets")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paged")]
 PROMPT = "Question: Ann has 3 apples and buys 4 more. How many has she?\nAnswer:"
+
+
+def load():
+    return AutoModelForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
 
 
 def rewards(completions, **columns):
@@ -51,12 +53,12 @@ def train(model, steps, folder):
 @pytest.mark.parametrize("stale", [False, True])
 def test_rollouts_are_those_of_the_weights_as_they_are(tmp_path, monkeypatch, stale):
     """Each rollout is a fresh engine's on a copy of the model; with a tree that is never emptied it would not be."""
-    model = AutoModelForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
+    model = load()
     rollouts = []
 
     def recorded(prompts, **settings):
-        fresh = copy.deepcopy(model)
-        del fresh.generate_batch
+        fresh = load()
+        fresh.load_state_dict(model.state_dict())
         wanted = fresh.generate_batch(prompts, **settings)
         with monkeypatch.context() as blind:
             if stale:
