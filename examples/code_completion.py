@@ -6,7 +6,7 @@ DATASET has a column `prompt`, as HumanEval.jsonl.gz has; by default a dozen fun
 shell:
 
 hf-paged eval --dataset examples/data/functions.jsonl --template '{{ prompt.rstrip() }}' --draft examples/models/draft \
-    --max-tokens 64 --stop $'\\ndef ' --stop $'\\nclass ' --out out/functions
+    --max-tokens 64 --stop '\\ndef ' --stop '\\nclass ' --out out/functions
 """
 
 import sys

@@ -6,7 +6,7 @@ DATASET is GSM8K's own file or hub name where you have it; by default 24 problem
 from a shell:
 
 hf-paged eval --dataset examples/data/word_problems.jsonl --template examples/data/few_shot.jinja --max-tokens 96 \
-    --stop $'\\n\\n' --out out/gsm8k
+    --stop '\\n\\n' --out out/gsm8k
 """
 
 import re

@@ -309,6 +309,12 @@ def test_the_command_refuses_by_name_with_exit_code_2(tiny, data, tmp_path):
     assert result.exit_code == 2 and "in use by another run" in result.stderr
 
 
+def test_the_command_takes_stops_as_a_shell_writes_newlines(tiny, data, tmp_path):
+    stops = ("--stop", r"\n", "--stop", "x")
+    assert invoke(tiny, data, tmp_path / "out", *stops, "--limit", 1).exit_code == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["run"]["sampling"]["stop"] == ["\n", "x"]
+
+
 def test_the_command_says_so_when_the_dataset_is_empty(tiny, tmp_path):
     (tmp_path / "rows.csv").write_text("question\n")
     result = invoke(tiny, tmp_path / "rows.csv", tmp_path / "out")
