@@ -117,7 +117,7 @@ def evaluate(
             model,
             dataset,
             out,
-            template=None if template is None else Template.load(template),
+            template=None if template is None else Template.load(template, escapes=True),
             sampling={name: options[name] for name in SAMPLING} | {"stop": tuple(map(opt.unescaped, stop or ()))},
             draft_model=draft,
             speculation=speculation,

@@ -72,8 +72,8 @@ def generate_dataset(
         model: a model, an `Engine` with a tokenizer, or a folder or hub name.
         dataset: see `open_source`; also `split`, `subset`, `limit` (which may change when a run is resumed).
         out: a directory: new, empty, or of the run that is to be resumed.
-        template: a text over columns, Jinja (`{{ question }}`) or plain (`{question}`); a path to a file with one; or a
-            function of a row that gives a text, messages or token ids. Default: column `prompt`.
+        template: a text over columns, Jinja (`{{ question }}`) or plain (`{question}`); a file with one; or a function
+            of a row that gives a text, messages or token ids. Default: column `prompt`.
         messages: a column with a list of messages for the tokenizer's chat template, instead.
         chat: put the rendered text into the chat template, as a user's turn.
         sampling: `SamplingParams` or some of its fields. Greedy where no temperature is given.
@@ -123,7 +123,9 @@ def as_template(given: Any, messages: str | None) -> Template:
         if messages is not None:
             raise BadInput("give a template or a column of messages, not both")
         return given
-    return Template.load(str(given)) if isinstance(given, Path) else Template(given, messages=messages)
+    if isinstance(given, (str, Path)) and messages is None:
+        return Template.load(str(given))
+    return Template(given, messages=messages)
 
 
 def as_sampling(given: Any, max_tokens: int | None) -> SamplingParams:

@@ -46,8 +46,11 @@ class Template:
         self._render = self._made()
 
     @classmethod
-    def load(cls, given: str) -> Template:
-        r"""The template in a file of this name (less its last newline), else this text, with newlines for `\n`.
+    def load(cls, given: str, escapes: bool = False) -> Template:
+        r"""The template in a file of this name (less its last newline), else this text.
+
+        Args:
+            escapes: the text comes from a shell: newlines for `\n`.
 
         Raises:
             BadInput: no such file, or no template.
@@ -61,7 +64,7 @@ class Template:
             return cls(path.read_text(encoding="utf-8").removesuffix("\n"))
         if given.endswith(FILES) and not JINJA.search(given) and not FIELD.search(given):
             raise BadInput(f"template {given}: no such file")
-        return cls(given.replace("\\n", "\n"))
+        return cls(given.replace("\\n", "\n") if escapes else given)
 
     def __call__(self, row: Any) -> str | list[dict] | list[int]:
         """The prompt of a row.
