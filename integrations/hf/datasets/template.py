@@ -55,10 +55,10 @@ class Template:
         Raises:
             BadInput: no such file, or no template.
         """
-        path = Path(given).expanduser()
         try:
+            path = Path(given).expanduser()
             found = "\n" not in given and path.is_file()
-        except OSError:  # too long for a name
+        except (OSError, RuntimeError, ValueError):  # a text that cannot be a name
             found = False
         if found:
             return cls(path.read_text(encoding="utf-8").removesuffix("\n"))
