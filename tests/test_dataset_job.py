@@ -113,6 +113,9 @@ def test_rows_that_fail_are_written_and_counted_and_the_others_are_as_ever(run, 
     summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
     assert (summary["rows"], summary["failed"], summary["finished"]) == (40, 3, True)
     assert sum(summary["errors"].values()) == 3
+    run("bad", bad)
+    summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
+    assert (summary["rows"], summary["rows_before"], summary["failed_before"]) == (0, 40, 3)
 
 
 def test_a_long_prompt_is_cut_where_that_is_asked_for(run, tokenizer, text_model):
@@ -307,6 +310,12 @@ def test_the_command_refuses_by_name_with_exit_code_2(tiny, data, tmp_path):
     with FileLock(out / ".lock-00000"):
         result = invoke(tiny, data, out, "--temperature", 0.5)
     assert result.exit_code == 2 and "in use by another run" in result.stderr
+
+
+def test_the_command_takes_stops_as_a_shell_writes_newlines(tiny, data, tmp_path):
+    stops = ("--stop", r"\n", "--stop", "x")
+    assert invoke(tiny, data, tmp_path / "out", *stops, "--limit", 1).exit_code == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["run"]["sampling"]["stop"] == ["\n", "x"]
 
 
 def test_the_command_says_so_when_the_dataset_is_empty(tiny, tmp_path):

@@ -117,8 +117,8 @@ def evaluate(
             model,
             dataset,
             out,
-            template=None if template is None else Template.load(template),
-            sampling={name: options[name] for name in SAMPLING} | {"stop": tuple(stop or ())},
+            template=None if template is None else Template.load(template, escapes=True),
+            sampling={name: options[name] for name in SAMPLING} | {"stop": tuple(map(opt.unescaped, stop or ()))},
             draft_model=draft,
             speculation=speculation,
             dtype=dtype,
@@ -186,7 +186,8 @@ def lines_of(summary: Summary) -> list[str]:
             f"  {100 * summary.hit_rate:.0f} % of prompt tokens cached{drafts}; {summary.mean_batch:.0f} rows a step; "
             f"KV {summary.kv_peak_bytes / 1e6:.0f} MB at the peak",
         ]
-    if summary.failed:
-        lines.append(f"  {summary.failed} rows failed:")
+    failed = summary.failed + summary.failed_before
+    if failed:
+        lines.append(f"  {failed} rows failed{':' if summary.errors else ', all of them before'}")
         lines += [f"    {count} × {error}" for error, count in summary.errors.items()]
     return lines
