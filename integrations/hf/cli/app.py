@@ -14,6 +14,7 @@ from hf_paged.integrations.cli import (
     generate,
     info,
     lm_eval,
+    score,
 )
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
+app.command(name="score")(score.score)
 app.command(name="lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="speculation")(bench_speculation.speculation)
