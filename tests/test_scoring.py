@@ -229,6 +229,15 @@ def test_results_have_the_shape_of_the_continuations(model):
             engine.score([a, b], [[3]])
         with pytest.raises(ValueError, match="needs a tokenizer"):
             engine.score("text", " more")
+        for contexts, options in (
+            (None, [3]),
+            ([5], None),
+            ([5], [[3], None]),
+            ([[5], 7], [[3], [4]]),
+            ([5], [[3], 4]),
+        ):
+            with pytest.raises(ValueError, match="give a text, token ids, or a list of either"):
+                engine.score(contexts, options)
 
 
 # -- faults
