@@ -13,6 +13,7 @@ from hf_paged.params import SamplingParams
 from hf_paged.plan import StepPlan
 from hf_paged.request import Request, RowHooks
 from hf_paged.sampling import SamplingRow, sample
+from hf_paged.scoring import Scoring
 from hf_paged.store import KVStore, LayerShape
 
 VOCAB = 23
@@ -181,6 +182,13 @@ def by_hand(prompt: Sequence[int], params: SamplingParams, seed: int = 0) -> lis
         row = SamplingRow(params, seed, len(prompt) + len(output), list(prompt), output)
         output.append(sample(logits, [row]).tokens[0])
     return output
+
+
+def toy_scores(text: Sequence[int], scoring: Scoring) -> list[float]:
+    """Log-probabilities of what `scoring` asks of a text."""
+    lines = [torch.from_numpy(toy_logits(h)).log_softmax(0) for h in prefix_hashes(text)]
+    inner = [lines[i - 1][text[i]].item() for i in range(scoring.start, len(text))]
+    return inner + [lines[-1][end].item() for end in scoring.ends]
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

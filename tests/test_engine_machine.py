@@ -1,12 +1,15 @@
 """A machine over the whole engine: whatever happens beside it, a request gets the tokens that it gets alone."""
 
+from dataclasses import replace
+
 import pytest
-from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core
+from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core, toy_scores
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged.params import SamplingParams
+from hf_paged.scoring import Scoring, ScoringError
 
 
 def fail(*_):
@@ -54,10 +57,12 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_tokens=st.sampled_from([1, 2, 5, 16]),
         max_sequences=st.integers(1, 5),
         caching=st.sampled_from([True, True, False]),
+        most_logits=st.sampled_from([1, 3, 1000]),
     )
-    def start(self, num_pages, page_size, max_batch_tokens, max_sequences, caching):
+    def start(self, num_pages, page_size, max_batch_tokens, max_sequences, caching, most_logits):
         shape = (num_pages, page_size, max_batch_tokens, max_sequences)
         self.core = toy_core(*shape, eos=True, prefix_caching=caching)
+        self.core.settings = replace(self.core.settings, max_logits=most_logits)
         self.requests = []
         self.most = num_pages * page_size + 1
 
@@ -73,6 +78,26 @@ class EngineMachine(RuleBasedStateMachine):
         fits = len(prompt) > 0 and len(prompt) + params.max_tokens <= self.most
         try:
             self.requests.append(self.core.submit(prompt, params, seed=seed))
+        except ValueError:
+            assert not fits
+        else:
+            assert fits
+
+    @rule(
+        text=st.one_of(
+            st.lists(st.sampled_from([*range(6), POISON]), min_size=1, max_size=20),
+            st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        ),
+        start=st.integers(1, 20),
+        ends=st.lists(st.integers(0, 5), max_size=3),
+        salt=st.sampled_from([None, None, "a"]),
+    )
+    def score(self, text, start, ends, salt):
+        start = min(start, len(text))
+        fits = len(text) < self.most and (start < len(text) or len(ends) > 0)
+        params = SamplingParams(max_tokens=1, cache_salt=salt)
+        try:
+            self.requests.append(self.core.submit_scoring(text, Scoring(start, tuple(ends)), params))
         except ValueError:
             assert not fits
         else:
@@ -152,8 +177,22 @@ class EngineMachine(RuleBasedStateMachine):
         run(self.core, 2000)
         assert_idle(self.core)
         for request in self.requests:
+            if request.scoring is not None:
+                compare_scores(request)
+                continue
             expected = alone(request.prompt_ids, request.params, request.rows[0].sampling.seed, eos=True)
             compare(request, expected)
+
+
+def compare_scores(request):
+    scoring, text = request.scoring, request.prompt_ids
+    assert request.ended
+    if request.rows[0].finish_reason == "cancelled":
+        return
+    poisoned = POISON in text[:-1] or (POISON in text and scoring.ends)
+    assert isinstance(request.error, ScoringError) == bool(poisoned), request.error
+    if not poisoned:
+        assert scoring.left == 0 and scoring.logprobs == pytest.approx(toy_scores(text, scoring), abs=1e-5)
 
 
 def compare(request, expected):

@@ -181,6 +181,7 @@ def test_engine_tokenises_pairs_as_lm_eval_does(models):
         assert [s.logprob for s in scores] == pytest.approx([x[0] for x in found], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_answers_of_other_kinds(models):
     """Sampling settings of the model count; beams run as `hf` runs them."""
     arguments = [("Question: the price?\nAnswer:", {"until": ["\n"], "max_gen_toks": 8, "repetition_penalty": 1.3})]
@@ -189,6 +190,17 @@ def test_answers_of_other_kinds(models):
         requests = requests_of("generate_until", each)
         hf, paged = (models[name].generate_until(requests, disable_tqdm=True) for name in ("hf", "hf-paged"))
         assert hf == paged and hf[0]
+
+
+def test_drafts_change_no_answer(models):
+    hf = models["hf"]
+    requests = requests_of(
+        "generate_until", *((f"Question: {word} {word}?\nAnswer:", {"max_gen_toks": 6}) for word in WORDS)
+    )
+    expected = models["hf-paged"].generate_until(requests, disable_tqdm=True)
+    for given in ({"speculation": "lookup"}, {"draft": hf.model}):
+        lm = PagedLM(hf.model, tokenizer=hf.tokenizer, num_pages=200, page_size=4, **given)
+        assert lm.generate_until(requests, disable_tqdm=True) == expected
 
 
 def test_partial_results_reach_the_cache(models):

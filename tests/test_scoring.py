@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import prompts_of, tiny_llama
-from engine_helpers import POISON, VOCAB, prefix_hashes, prompts, run, toy_core, toy_logits
+from engine_helpers import POISON, VOCAB, prompts, run, toy_core, toy_scores
 
 from hf_paged import Engine, SamplingParams
 from hf_paged.integrations.scoring import ScoringRun
@@ -151,13 +151,6 @@ def test_prompt_logprobs_stay_within_the_bound_too():
     assert max(seen) == 3 and len(request.prompt_logprobs) == 30
 
 
-def toy_scores(text, scoring):
-    hashes = prefix_hashes(text)
-    lines = [torch.from_numpy(toy_logits(h)).log_softmax(0) for h in hashes]
-    inner = [lines[i - 1][text[i]].item() for i in range(scoring.start, len(text))]
-    return inner + [lines[-1][end].item() for end in scoring.ends]
-
-
 def test_scoring_beside_generation_changes_nothing():
     core = toy_core(num_pages=24, prefix_caching=True, max_batch_tokens=16)
     alone = toy_core(num_pages=200)
@@ -172,6 +165,20 @@ def test_scoring_beside_generation_changes_nothing():
     assert [r.rows[0].output_ids for r in made] == [r.rows[0].output_ids for r in expected]
     for text, scoring in zip(texts, scorings, strict=True):
         assert scoring.logprobs == pytest.approx(toy_scores(text, scoring), abs=1e-5)
+
+
+def test_pages_from_a_second_tier_serve_up_to_the_first_score(model, tmp_path):
+    texts = [p[0].tolist() for p in prompts_of(40, 44, 48, seed=4)]
+    with make(model, num_pages=16, disk_cache=tmp_path, max_batch_tokens=64) as engine:
+        engine.core.second.tiers[0].worth = lambda *_: True  # so small a model computes faster than a disk reads
+        first = engine.score(texts, [[[3, 4], [5]]] * 3)
+        engine.reset_stats()
+        again = engine.score(texts, [[[3, 4], [5]]] * 3)
+        assert engine.stats().restored_tokens >= 36
+        for text, cold, hit in zip(texts, first, again, strict=True):
+            for a, b in zip(cold, hit, strict=True):
+                assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
+                assert b.logprobs == pytest.approx(own_scores(model, text, b.token_ids)[0], abs=1e-3)
 
 
 # -- documents
@@ -222,6 +229,15 @@ def test_results_have_the_shape_of_the_continuations(model):
             engine.score([a, b], [[3]])
         with pytest.raises(ValueError, match="needs a tokenizer"):
             engine.score("text", " more")
+        for contexts, options in (
+            (None, [3]),
+            ([5], None),
+            ([5], [[3], None]),
+            ([[5], 7], [[3], [4]]),
+            ([5], [[3], 4]),
+        ):
+            with pytest.raises(ValueError, match="give a text, token ids, or a list of either"):
+                engine.score(contexts, options)
 
 
 # -- faults

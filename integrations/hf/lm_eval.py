@@ -71,12 +71,14 @@ class PagedLM(HFLM):
     def __init__(self, pretrained: Any, *, draft: Any = None, speculation: Any = None, **settings: Any) -> None:
         fields = [name for name in EngineConfig.__dataclass_fields__ if name in settings and name != "backend"]
         self.engine_config = EngineConfig.from_dict({name: settings.pop(name) for name in fields})
+        self._encoded: dict[str, list[int]] = {}  # texts that are about to be asked for
+        self._shown: tqdm | None = None  # the bar of the call that runs
+        self._together = False  # whether generation runs as one batch
         super().__init__(pretrained, **settings)
         if self.backend != "causal":
             raise ValueError(f"model type {NAME} runs causal models only: use --model hf")
         if self.softmax_dtype not in (None, torch.float32):
             raise ValueError(f"softmax_dtype={self.softmax_dtype} is not allowed: {NAME} computes in float32")
-        self._encoded: dict[str, list[int]] = {}
         self.draft_model = self._loaded(draft) if isinstance(draft, str) else draft
         self.speculation = speculation
         with self._precision():
@@ -143,7 +145,8 @@ class PagedLM(HFLM):
                     raise score.error
                 scores[index] = score
                 done(index, score)
-                self._shown.update()
+                if self._shown is not None:
+                    self._shown.update()
         return scores
 
     def _loglikelihood_tokens(

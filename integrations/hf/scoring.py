@@ -7,6 +7,7 @@ from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hf_paged.admission import checked_prompt
+from hf_paged.config import is_int
 from hf_paged.integrations.prompts import plain
 from hf_paged.integrations.scoring_texts import Encoder, Pair, encode_pairs, is_prompt, windows
 from hf_paged.outputs import Score
@@ -146,6 +147,8 @@ def score_all(engine: Engine, contexts: Any, continuations: Any, **options: Any)
     asked = [plain(entry) for entry in continuations]
     single = [is_prompt(entry) for entry in asked]
     asked = [[entry] if alone else [plain(each) for each in entry] for entry, alone in zip(asked, single, strict=True)]
+    for value in (*contexts, *(each for entry in asked for each in entry)):
+        is_prompt(plain(value))
     counts = list(map(len, asked))
     each_context = [plain(c) for c, count in zip(contexts, counts, strict=True) for _ in range(count)]
     pairs = encode_pairs(engine, each_context, [c for entry in asked for c in entry])
@@ -162,7 +165,7 @@ def perplexities(engine: Engine, texts: Any, window: int | None, stride: int | N
     window = most if window is None else window
     stride = window if stride is None else stride
     for name, value, top in (("window", window, most), ("stride", stride, window)):
-        if not isinstance(value, int) or not 1 <= value <= top:
+        if not is_int(value) or not 1 <= value <= top:
             raise ValueError(f"{name}={value!r}: must be an int from 1 to {top}")
     encode = Encoder(engine, [text for text in texts if isinstance(text, str)])
     documents = [encode(text) for text in texts]

@@ -33,7 +33,13 @@ class Pair:
 
 
 def is_prompt(value: Any) -> bool:
-    """Whether `value` is one text, or the token ids of one, rather than several."""
+    """Whether `value` is one text, or the token ids of one, rather than several.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{value!r} is a {type(value).__name__}: give a text, token ids, or a list of either")
     return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Integral))
 
 
