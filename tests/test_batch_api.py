@@ -26,6 +26,7 @@ import hf_paged
 from hf_paged.integrations.batching.doors import WRAPPERS
 from hf_paged.integrations.batching.manager import BatchingManager
 from hf_paged.integrations.inspect import PagedForward
+from hf_paged.integrations.registry import REGISTRY
 
 PROMPTS = [prompt[0].tolist() for prompt in prompts_of(5, 9, 3, 7, 5)]
 TOKENS = 8
@@ -65,7 +66,6 @@ def manager(model):
 
 def released(model):
     """Nothing runs any more; what the manager made is gone."""
-    gc.collect()
     assert engine_of(model) is None
     assert not [thread for thread in threading.enumerate() if thread.name == "hf_paged batching"]
 
@@ -302,6 +302,43 @@ def test_handlers(manager, model):
     assert manager.get_result(timeout=0.01) is None
 
 
+def test_a_handler_that_comes_late(manager, model):
+    async def answer():
+        manager.add_request(PROMPTS[0], request_id="a")
+        manager.get_result(manager.add_request(PROMPTS[1]))  # the other has ended too, or will
+        seen = asyncio.get_running_loop().create_future()
+        manager.register_result_handler("a", seen.set_result)
+        return await asyncio.wait_for(seen, 60)
+
+    assert asyncio.run(answer()).generated_tokens == alone(model)[0]
+
+
+def test_the_server_of_transformers(text_model, tokenizer):
+    """What `transformers serve --continuous-batching` does with a model, without the server."""
+    serving = pytest.importorskip("transformers.cli.serving.utils")
+    ids = tokenizer("def main():")["input_ids"]
+    given = config(eos_token_id=0, pad_token_id=1)
+    (wanted,) = alone(text_model, [ids], eos_token_id=0, pad_token_id=1)
+    service = serving.CBGenerateManager()
+    service.init_cb(text_model, given)
+    inputs = {"input_ids": ids}
+
+    async def answers():
+        text, length, found = await service.generate_non_streaming(text_model, tokenizer, inputs, given, "one")
+        assert (text, length, found) == (tokenizer.decode(wanted), len(ids), wanted)
+        pieces, streamer = service.generate_streaming(text_model, tokenizer, inputs, given, "two")
+        parts = []
+        while (part := await asyncio.wait_for(pieces.get(), 60)) is not None:
+            parts.append(part)
+        return "".join(parts), streamer.total_tokens
+
+    text, count = asyncio.run(answers())
+    assert count == len(wanted) and tokenizer.decode(wanted).startswith(text) and text
+    assert service.is_alive() and isinstance(service._cb, BatchingManager)
+    service.stop()
+    released(text_model)
+
+
 def test_a_handler_whose_event_loop_is_closed_harms_nobody(manager, model):
     async def register():
         manager.register_result_handler("a", lambda output: None)
@@ -389,6 +426,28 @@ def test_a_kept_manager(model):
     assert_clean(model)
     model.destroy_cached_continuous_batching_manager()
     assert not hasattr(model, "_cached_continuous_batching_manager")
+
+
+def test_a_kept_manager_goes_with_its_model():
+    model = tiny_llama()
+    model.generate_batch(PROMPTS, config(), persistent_manager=True)
+    ref = weakref.ref(model)
+    del model
+    gc.collect()
+    assert ref() is None
+
+
+def test_kv_memory_is_free_when_the_manager_stops(model, monkeypatch):
+    made, real = [], REGISTRY.engine_for
+    monkeypatch.setattr(
+        REGISTRY, "engine_for", lambda *given: (engine := real(*given), made.append(weakref.ref(engine.store)))[0]
+    )
+    gc.disable()
+    try:
+        model.generate_batch(PROMPTS, config())
+        assert made and all(store() is None for store in made)
+    finally:
+        gc.enable()
 
 
 def test_beside_generate(manager, model):

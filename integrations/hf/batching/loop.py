@@ -41,6 +41,7 @@ class Loop:
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         self.kept = self._made_engine = self._resting = False
+        self._names: set[str] = set()  # of requests that have not ended
         self._cancelled: set[str] = set()
         self._stopping, self._seed = GO_ON, settings.seed
         self._pausing: list[int] = []
@@ -73,7 +74,7 @@ class Loop:
         """
         most = self.settings.max_queue_size
         with self.changed:
-            if any(other.request_id == job.request_id for other in (*self.waiting, *self.jobs)):
+            if job.request_id in self._names:
                 raise ValueError(f"request_id={job.request_id!r} is taken by a request that has not ended")
             room = self.changed.wait_for(lambda: not most or len(self.waiting) < most or self._closed, timeout)
             if self._closed:
@@ -81,6 +82,7 @@ class Loop:
             if not room:
                 raise queue.Full
             self.waiting.append(job)
+            self._names.add(job.request_id)
             self.changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -159,11 +161,12 @@ class Loop:
         for job in self.jobs:
             self._tell(job)
         with self.changed:
+            self._names -= {job.request_id for job in self.jobs if job.over}
             self.jobs = [job for job in self.jobs if not job.over]
 
     def _taken(self) -> list[Job]:
         """Waiting requests, as many as can run beside those under way."""
-        room = self.recipes.config().max_sequences - len(self.jobs)
+        room = self.recipes.max_sequences - len(self.jobs)
         with self.changed:
             taken = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
             self.jobs += taken
@@ -203,6 +206,7 @@ class Loop:
             gone = [job for job in self.waiting if job.request_id in names]
             for job in gone:
                 self.waiting.remove(job)
+                self._names.discard(job.request_id)
         for job in gone:
             self.results.put(job.fail("the request was cancelled"))
         for job in self.jobs:
@@ -214,7 +218,7 @@ class Loop:
         """Tell all that are left that they end, and leave nothing on the engine."""
         with self.changed:
             left = [*self.jobs, *self.waiting]
-            self.jobs, self.waiting = [], deque()
+            self.jobs, self.waiting, self._names = [], deque(), set()
             self._stopping = HALT
         error = self.error or "the manager was stopped before the request ended"
         for job in left:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -58,7 +57,7 @@ class BatchingManager:
         self._results = Results()
         self._loop = Loop(self._recipes_for(generation_config), self._results, self._settings)
         self._lock, self._names, self._index = threading.Lock(), 0, 0
-        weakref.finalize(self, self._loop.stop)  # the loop knows no manager
+        weakref.finalize(self, _stop, weakref.ref(self._loop))
 
     def use(self, generation_config: Any) -> None:
         """Let requests that are taken in from now on have these settings."""
@@ -66,9 +65,7 @@ class BatchingManager:
 
     def _recipes_for(self, generation_config: Any) -> Recipes:
         recipes = Recipes(*self._recipes, generation_config, self._settings.engine)
-        recipes.config()  # refuses what is not allowed
-        self.generation_config = generation_config
-        self.num_return_sequences = recipes.effective().num_return_sequences or 1
+        self.generation_config, self.num_return_sequences = generation_config, recipes.sequences
         return recipes
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,8 +122,6 @@ class BatchingManager:
             self.join(begun, timeout)
         if keep_for_next_session:
             self.model._cached_continuous_batching_manager = self
-        else:
-            gc.collect()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         """Wait for the thread to end, at most `timeout` seconds."""
@@ -231,3 +226,10 @@ class BatchingManager:
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], Any]) -> None:
         """Let `callback` have a request's results, on the event loop that runs now."""
         self._results.handle(request_id, callback)
+
+
+def _stop(loop: weakref.ref[Loop]) -> None:
+    """Nobody holds the manager of this loop any more: its thread, which holds the loop, ends when all is answered."""
+    alive = loop()
+    if alive is not None:
+        alive.stop()

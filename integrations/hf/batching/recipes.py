@@ -23,6 +23,13 @@ class Recipes:
         settings: of `enable`.
         generation_config: of the manager.
         engine: fields of `EngineConfig` that the manager's configuration sets.
+
+    Attributes:
+        max_sequences: rows that run together.
+        sequences: rows of a request.
+
+    Raises:
+        ValueError: a setting that is not allowed.
     """
 
     def __init__(
@@ -35,6 +42,9 @@ class Recipes:
     ) -> None:
         self.original, self.model, self.settings = original, model, settings
         self.generation_config, self.engine = generation_config, engine
+        call = self._paged(generation_config, {})
+        self.max_sequences = call.config.max_sequences
+        self.sequences = call.effective().num_return_sequences or 1
         self._known: dict[Any, tuple[Any, dict[str, Any] | None]] = {}
 
     def make(self, job: Job) -> Call | torch.Tensor:
@@ -55,20 +65,12 @@ class Recipes:
 
     def eos_ids(self, job: Job) -> tuple[int, ...]:
         """What ends the request's rows."""
-        ids = self.effective().eos_token_id if job.eos_token_id is None else job.eos_token_id
+        ids = (
+            self._paged(self.generation_config, {}).effective().eos_token_id
+            if job.eos_token_id is None
+            else job.eos_token_id
+        )
         return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
-
-    def effective(self) -> Any:
-        """The manager's generation config, put together with the model's."""
-        return self._paged(self.generation_config, {}).effective()
-
-    def config(self) -> Any:
-        """The engine's settings.
-
-        Raises:
-            ValueError: one is not allowed.
-        """
-        return self._paged(self.generation_config, {}).config
 
     def _paged(self, config: Any, given: dict[str, Any]) -> PagedCall:
         return PagedCall(self.original, self.model, self.settings, config, given | {"cache_config": dict(self.engine)})

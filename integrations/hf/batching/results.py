@@ -18,7 +18,7 @@ class Results:
     """Outputs in the order in which they came, or straight to the handler that is registered for their request."""
 
     def __init__(self) -> None:
-        self._new, self._open = threading.Condition(), False
+        self._new, self._open = threading.Condition(threading.RLock()), False
         self._outputs: list[GenerationOutput] = []
         self._handlers: dict[str, tuple[Callable[[GenerationOutput], Any], asyncio.AbstractEventLoop]] = {}
 
@@ -40,9 +40,12 @@ class Results:
             self._new.notify_all()
 
     def handle(self, request_id: str, handler: Callable[[GenerationOutput], Any]) -> None:
-        """Let `handler` have the outputs of a request, on the event loop that runs now."""
+        """Let `handler` have the outputs of a request, on the event loop that runs now; also those that are here."""
         with self._new:
             self._handlers[request_id] = handler, asyncio.get_running_loop()
+            early = [output for output in self._outputs if output.request_id == request_id]
+            self._outputs = [output for output in self._outputs if output.request_id != request_id]
+            self.put(early)  # before any that come now
 
     def open(self) -> None:
         """More may come."""
