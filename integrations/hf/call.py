@@ -15,7 +15,7 @@ from hf_paged.integrations.processors import Criteria, RowPrompt, native_params,
 from hf_paged.integrations.streaming import ColumnStream
 from hf_paged.params import SamplingParams
 from hf_paged.request import Row, RowHooks
-from hf_paged.seeds import draw_seed, mix_seed
+from hf_paged.seeds import mix_seed
 from hf_paged.speculation.speculator import Speculator
 
 
@@ -101,7 +101,7 @@ class Call:
             n=each, max_tokens=budget, ignore_eos=True, stop_token_ids=ends, **self.sharing, **params
         )
         own_seed = self.engine.config.seed
-        base = draw_seed() if self.config.do_sample and own_seed is None else 0
+        base = self.engine.draw_seed() if self.config.do_sample and own_seed is None else 0
         hooks = [self._hooks(p, prompt) for p, prompt in zip(pipelines(rest, self.prompts), self.prompts, strict=True)]
         for first in range(0, len(self.prompts), each):
             # Names of our own, known before: an interrupt at any place leaves nothing that cannot be found again.

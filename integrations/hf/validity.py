@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_paged.integrations.parallel import local
+
 # Numbers of a weight that are compared at the beginning of a call, and at every step.
 SAMPLES, STEP_SAMPLES = 64, 4
 
@@ -99,7 +101,7 @@ def identity(model: nn.Module) -> str:
 
 
 def _places(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    return [(local(t).data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _numbers(tensors: list[torch.Tensor], count: int) -> list[np.ndarray]:
@@ -116,7 +118,7 @@ def _numbers(tensors: list[torch.Tensor], count: int) -> list[np.ndarray]:
 
 def _evenly(tensor: torch.Tensor, count: int) -> torch.Tensor:
     """Up to `count` of its numbers, evenly spaced; a view where that is possible."""
-    tensor = tensor.detach()
+    tensor = local(tensor).detach()
     n = tensor.numel()
     if n <= count or not tensor.is_contiguous():
         return tensor.reshape(-1)[:: max(n // count, 1)]
