@@ -39,9 +39,7 @@ class Drafting:
         drafters: all draft models.
     """
 
-    def __init__(
-        self, memory: Memory, store: KVStore, measured: Callable[[float], float] | None = None
-    ) -> None:
+    def __init__(self, memory: Memory, store: KVStore, measured: Callable[[float], float] | None = None) -> None:
         self.memory, self.store = memory, store
         self.cost, self.overhead, self.measured = CostTable(), Overhead(), measured or float
         self.suffixes: SuffixIndex | None = None
