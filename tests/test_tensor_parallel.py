@@ -16,7 +16,6 @@ from conftest import MODELS, tiny_llama
 
 import hf_paged
 from hf_paged import Engine
-from hf_paged.integrations import sizing
 
 pytestmark = pytest.mark.slow
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
