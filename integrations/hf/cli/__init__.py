@@ -1,4 +1,4 @@
-"""The `hf-paged` command line: `demo`, `generate`, `bench`, `info`."""
+"""The `hf-paged` command line: `demo`, `generate`, `eval`, `bench`, `info`."""
 
 from hf_paged.integrations.cli.app import app, main
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, bench_kernels, bench_prefix, bench_speculation, demo, generate, info
+from hf_paged.integrations.cli import (
+    bench,
+    bench_kernels,
+    bench_prefix,
+    bench_speculation,
+    demo,
+    eval,
+    generate,
+    info,
+)
 
 app = typer.Typer(
     name="hf-paged",
@@ -16,6 +25,7 @@ app = typer.Typer(
 )
 app.command(name="demo")(demo.demo)
 app.command(name="generate")(generate.generate)
+app.command(name="eval")(eval.evaluate)
 app.command(name="info")(info.info)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="speculation")(bench_speculation.speculation)
