@@ -49,7 +49,7 @@ class Team:
         if not shards:
             return None
         mesh = shards[0].device_mesh
-        return cls(mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"), local(shards[0]).device)
+        return cls(mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"), shards[0].device)
 
     def first(self, value: int | float) -> Any:
         """What the first process gives."""
@@ -145,8 +145,3 @@ def refuse_files(team: Team | None) -> None:
     """
     if team is not None:
         raise ValueError("prefix files of a tensor-parallel model are not supported: load it in one process")
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The share of a sharded tensor that this process holds, in place; any other tensor as it is."""
-    return getattr(tensor, "_local_tensor", tensor)
