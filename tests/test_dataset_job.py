@@ -329,32 +329,30 @@ def test_the_command_ends_with_130_after_ctrl_c(tiny, data, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_killed_at_random_ten_times_the_output_is_that_of_an_uninterrupted_run(tmp_path):
-    """The bundled model: slow enough that a kill falls among its rows. Greedy rows and sampled ones."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(400)))
+    """The bundled model, which is slow enough for a kill to fall among its rows."""
+    data, whole, killed = tmp_path / "rows.jsonl", tmp_path / "whole", tmp_path / "killed"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(300)))
     draw = random.Random(1)
-    for temperature in ("0", "0.8"):
-        command = [sys.executable, "-m", "hf_paged"]
-        command += arguments(str(BUNDLED / "models" / "target"), data, tmp_path, "--temperature", temperature)
-        at = command.index("--out") + 1
-        whole, killed = tmp_path / f"whole{temperature}", tmp_path / f"killed{temperature}"
-        subprocess.run([*command[:at], str(whole), *command[at + 1 :]], check=True, capture_output=True)
-        again = [*command[:at], str(killed), *command[at + 1 :]]
-        kills = 0
-        while kills < 10 and len(lines_of_whole(killed)) < 380:
-            seen = len(lines_of_whole(killed))
-            process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while process.poll() is None and len(lines_of_whole(killed)) < seen + draw.randint(1, 25):
-                time.sleep(0.01 * draw.random())
-            kills += process.poll() is None
-            process.kill()
-            process.wait()
-        assert kills == 10
-        subprocess.run(again, check=True, capture_output=True)
-        assert lines(killed) == lines(whole)
+
+    def command(out: Path) -> list[str]:
+        sampled = ("--temperature", 0.8, "--max-tokens", 24, "--max-sequences", 16)
+        return [sys.executable, "-m", "hf_paged", *arguments(str(BUNDLED / "models" / "target"), data, out, *sampled)]
+
+    subprocess.run(command(whole), check=True, capture_output=True)
+    for _ in range(10):
+        after = len(whole_lines(killed)) + draw.randint(1, 25)
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(whole_lines(killed)) < after:
+            time.sleep(0.02 * draw.random())
+        assert process.poll() is None, "the run ended before it was killed"
+        process.kill()
+        process.wait()
+    subprocess.run(command(killed), check=True, capture_output=True)
+    assert lines(killed) == lines(whole)
+    assert len(lines(killed)) == 300
 
 
-def lines_of_whole(folder: Path) -> list[bytes]:
+def whole_lines(folder: Path) -> list[bytes]:
     """Lines written so far, a torn one left out."""
     path = folder / "part-00000.jsonl"
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []

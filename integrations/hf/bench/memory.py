@@ -36,6 +36,11 @@ def _status(name: str) -> int | None:
     return None
 
 
+def resident() -> int:
+    """Resident memory of this process, in bytes; 0 where it is not known."""
+    return _status("VmRSS") or 0
+
+
 class PeakMemory:
     """Resident memory of this process when it began and at its peak since, in bytes.
 
@@ -44,7 +49,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        self.before = _status("VmRSS") or 0
+        self.before = resident()
         try:
             with open("/proc/self/clear_refs", "w") as control:
                 control.write("5")
@@ -58,7 +63,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self._peak = max(self._peak, _status("VmRSS") or 0)
+            self._peak = max(self._peak, resident())
             time.sleep(0.01)
 
     def __exit__(self, *error: object) -> None:

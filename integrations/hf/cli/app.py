@@ -6,6 +6,7 @@ import typer
 
 from hf_paged.integrations.cli import (
     bench,
+    bench_eval,
     bench_kernels,
     bench_prefix,
     bench_speculation,
@@ -28,6 +29,7 @@ app.command(name="generate")(generate.generate)
 app.command(name="eval")(eval.evaluate)
 app.command(name="info")(info.info)
 bench.app.command(name="prefix")(bench_prefix.prefix)
+bench.app.command(name="eval")(bench_eval.evaluation)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
 app.add_typer(bench.app, name="bench")

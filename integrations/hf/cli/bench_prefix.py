@@ -62,13 +62,14 @@ def prefix(
 
 
 def _with_model(options: dict[str, Any]) -> dict[str, Any]:
-    from hf_paged.integrations.bench.prefix import run_prefix
+    from hf_paged.integrations.bench.prefix import few_shot, run_prefix
     from hf_paged.integrations.bench.prefix_parts import shared_attention, tree_speed
     from hf_paged.integrations.cli.console import settings_of
 
     settings = settings_of(options)
     loaded = load_model(*(options[name] for name in ("model", "dtype", "device", "threads")), (), None, None)
-    load = _few_shot(loaded, options)
+    shots, texts = few_shot_texts(options)
+    load = few_shot(loaded.tokenizer, shots, texts, options["new_tokens"], loaded.limit)
     with Bar() as bar:
         report = run_prefix(
             loaded,
@@ -85,13 +86,12 @@ def _with_model(options: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _few_shot(loaded: Any, options: dict[str, Any]) -> Any:
+def few_shot_texts(options: dict[str, Any]) -> tuple[str, list[str]]:
     """The header and the questions; by default those of the bundled prompts, the last of them as the header."""
     from itertools import islice
 
     from hf_paged.integrations.bench.data import BadInput, read_prompts, rows_of
     from hf_paged.integrations.bench.models import bundled
-    from hf_paged.integrations.bench.prefix import few_shot
 
     field, count = options["field"], options["num_shots"]
     template = opt.template_of(options["template"], field)
@@ -101,14 +101,13 @@ def _few_shot(loaded: Any, options: dict[str, Any]) -> Any:
         shots, texts = "\n\n".join(texts[-count:]) + "\n\n", texts[:-count][: options["requests"]]
         if not texts:
             raise BadInput(f"{dataset} has too few rows for a header of {count}: give --shots")
-    else:
-        rows = list(islice(rows_of(options["shots"]), count))
-        try:
-            shots = "".join(opt.unescaped(options["shot_template"]).format(**row) for row in rows)
-        except (KeyError, IndexError, ValueError) as error:
-            raise BadInput(f"--shot-template does not fit the rows of {options['shots']}: {error!r}") from error
-        texts = read_prompts(dataset, field, template, options["requests"])
-    return few_shot(loaded.tokenizer, shots, texts, options["new_tokens"], loaded.limit)
+        return shots, texts
+    rows = list(islice(rows_of(options["shots"]), count))
+    try:
+        shots = "".join(opt.unescaped(options["shot_template"]).format(**row) for row in rows)
+    except (KeyError, IndexError, ValueError) as error:
+        raise BadInput(f"--shot-template does not fit the rows of {options['shots']}: {error!r}") from error
+    return shots, read_prompts(dataset, field, template, options["requests"])
 
 
 def _without_model(options: dict[str, Any]) -> dict[str, Any]:
