@@ -128,9 +128,22 @@ def evaluate(
             **settings,
         )
     except KeyboardInterrupt as stopped:
-        interrupted(stopped, json_out, plot)
+        if speaks():
+            interrupted(stopped, json_out, plot)
         raise typer.Exit(INTERRUPTED) from None
-    show(summary, json_out, plot)
+    if speaks():
+        show(summary, json_out, plot)
+
+
+def speaks() -> bool:
+    """Whether this is the process that tells of the whole job."""
+    from hf_paged.integrations.datasets.processes import launched
+
+    if not launched():
+        return True
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def check_outputs(json_out: str | None, plot: str | None) -> None:
