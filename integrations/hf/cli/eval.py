@@ -118,7 +118,7 @@ def evaluate(
             dataset,
             out,
             template=None if template is None else Template.load(template),
-            sampling={name: options[name] for name in SAMPLING} | {"stop": tuple(stop or ())},
+            sampling={name: options[name] for name in SAMPLING} | {"stop": tuple(map(opt.unescaped, stop or ()))},
             draft_model=draft,
             speculation=speculation,
             dtype=dtype,

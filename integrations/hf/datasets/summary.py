@@ -20,7 +20,8 @@ class Summary:
         generated_tokens, prompt_tokens, cached_tokens: of `rows`; the last are prompt tokens found in the prefix cache.
         draft_tokens, accepted_tokens: drafts that were verified, and those taken.
         seconds: from the first row to the last. engine_seconds: of these, in the engine's steps.
-        peak_batch: most rows at once. preemptions: rows that gave up their pages.
+        steps: forwards of the model; mean_batch: rows in one. peak_batch: most rows at once.
+        preemptions: rows that gave up their pages.
         kv_peak_bytes: pages in use at the peak.
         timeline: lists of one length: seconds, tokens_per_second, batch, kv_use (0 to 1), written.
     """
@@ -38,6 +39,7 @@ class Summary:
     accepted_tokens: int = 0
     seconds: float = 0.0
     engine_seconds: float = 0.0
+    steps: int = 0
     peak_batch: int = 0
     mean_batch: float = 0.0
     preemptions: int = 0
@@ -113,6 +115,7 @@ def summarise(out: str, account: Account, engine: Any, sight: Any, engine_second
         accepted_tokens=drafted.accepted,
         seconds=sight.seconds,
         engine_seconds=engine_seconds,
+        steps=stats.steps,
         peak_batch=stats.peak_running,
         mean_batch=stats.rows / max(1, stats.steps),
         preemptions=stats.preemptions,
