@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 
@@ -28,15 +29,19 @@ from hf_paged.store import KVStore
 class Drafting:
     """Speculation in one engine.
 
+    Args:
+        memory, store: the engine's.
+        measured: seconds that were measured here → those to go by: several processes must decide the same.
+
     Attributes:
         cost, overhead: what steps of the target take.
         speculators: by settings and draft model.
         drafters: all draft models.
     """
 
-    def __init__(self, memory: Memory, store: KVStore) -> None:
+    def __init__(self, memory: Memory, store: KVStore, measured: Callable[[float], float] | None = None) -> None:
         self.memory, self.store = memory, store
-        self.cost, self.overhead = CostTable(), Overhead()
+        self.cost, self.overhead, self.measured = CostTable(), Overhead(), measured or float
         self.suffixes: SuffixIndex | None = None
         self.speculators: dict[tuple[SpeculationConfig, Drafter | None], Speculator] = {}
         self.drafters: list[Drafter] = []
@@ -56,6 +61,7 @@ class Drafting:
             self.speculators[config, drafter] = known
             if drafter is not None and drafter not in self.drafters:
                 self.drafters.append(drafter)
+                drafter.measured = self.measured
                 self.memory.pool.taken = self._taken
         return known
 
@@ -145,6 +151,7 @@ class Drafting:
         """Note what the forward took."""
         if not self.speculators:
             return
+        seconds = self.measured(seconds)
         self._plain = all(planned.count == 1 or planned.span is not None for planned in work)
         self._nodes = sum(planned.count - 1 for planned in work if planned.span is not None)
         self._forward = seconds
@@ -157,9 +164,12 @@ class Drafting:
     def stepped(self, seconds: float, tokens: int) -> None:
         """Note what the step took in all, and how many tokens it gave."""
         self.tidy()
+        if not self.speculators:
+            return
+        seconds = self.measured(seconds)
         for speculator in self.speculators.values():
             speculator.trial.note(tokens, seconds if self._plain else 0.0)
-        if self.speculators and self._plain:
+        if self._plain:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
 

@@ -56,6 +56,7 @@ class EngineCore:
         encode: text → token ids, for bad words; None: they are refused.
         device: where plans go.
         tiers: where pages go that the prefix cache gives up, the fastest first.
+        measured: seconds that were measured here → those that speculation goes by. Default: the same.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class EngineCore:
         encode: Callable[[str], list[int]] | None = None,
         device: torch.device | str = "cpu",
         tiers: Sequence[Tier] = (),
+        measured: Callable[[float], float] | None = None,
     ) -> None:
         self.forward, self.store, self.settings = forward, store, settings
         self.decode, self.encode, self.device = decode, encode, device
@@ -78,7 +80,7 @@ class EngineCore:
         self.recorder = Recorder(store.bytes_per_page, store.page_size)
         self.roster = Roster(self.memory, store)
         self.optimum = Optimum(store.page_size) if settings.track_optimum else None
-        self.drafting = Drafting(self.memory, store)
+        self.drafting = Drafting(self.memory, store, measured)
         self._submitted = 0
 
     @property

@@ -38,6 +38,7 @@ class Drafter:
 
     Attributes:
         cost: of its forwards. seconds: spent in drafting. failed: whether it has given up.
+        measured: as in `Drafting`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Drafter:
         self.forward, self.store, self.page_size, self.name = forward, store, page_size, name
         self.device, self.backend, self.most = device, backend, most
         self.cost, self.seconds, self.failed = CostTable(), 0.0, False
+        self.measured: Callable[[float], float] = float
 
     def propose(
         self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
@@ -107,7 +109,7 @@ class Drafter:
         """Note what drafting took: a forward over so many tokens, or, with 0, what lies outside of them."""
         begun = time.perf_counter()
         yield
-        seconds = time.perf_counter() - begun
+        seconds = self.measured(time.perf_counter() - begun)
         if tokens:
             self.cost.note(tokens, seconds)
         self.seconds += seconds

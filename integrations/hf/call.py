@@ -15,7 +15,7 @@ from hf_paged.integrations.processors import Criteria, RowPrompt, native_params,
 from hf_paged.integrations.streaming import ColumnStream
 from hf_paged.params import SamplingParams
 from hf_paged.request import Request, Row, RowHooks
-from hf_paged.seeds import draw_seed, mix_seed
+from hf_paged.seeds import mix_seed
 from hf_paged.speculation.speculator import Speculator
 
 
@@ -151,7 +151,7 @@ class Call:
     def _base(self) -> int:
         """The seed from which those of rows derive."""
         draws = self.config.do_sample and self.engine.config.seed is None
-        return self.base if self.base is not None else draw_seed() if draws else 0
+        return self.base if self.base is not None else self.engine.draw_seed() if draws else 0
 
     def _seed(self, base: int, index: int, submitted: int) -> int:
         own = self.engine.config.seed

@@ -17,6 +17,7 @@ from hf_paged.engine import EngineCore, StepResult
 from hf_paged.integrations.drafters import make_drafter, speculation_settings
 from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
+from hf_paged.integrations.parallel import InStep, Team, refuse_files, refuse_tiers
 from hf_paged.integrations.prompts import Prompt, listed, refused
 from hf_paged.integrations.scoring import perplexities, score_all
 from hf_paged.integrations.sizing import core_settings, make_tiers, pool_pages
@@ -89,23 +90,27 @@ class Engine:
     def _set_up(self) -> None:
         """Look at the model; make all that depends on what kind of numbers it computes, and where."""
         model, config = self._model(), self.config
+        self.team = Team.of(model)
+        if self.team is not None:
+            refuse_tiers(config)
         self.facts = model_facts(model)
         verify_forward(model, self.facts)
         self.backend, self.backend_reason = choose_backend(config.backend, self.facts.device.type)
         layers = list(self.facts.layers)
-        self.store = KVStore(
-            layers, pool_pages(config, self.facts), config.page_size, self.facts.dtype, self.facts.device
-        )
+        pages = pool_pages(config, self.facts)
+        pages = pages if self.team is None else self.team.least(pages)
+        self.store = KVStore(layers, pages, config.page_size, self.facts.dtype, self.facts.device)
         self.forward = PagedForward(self._model, self.store, config.backend)
         self.validity = Validity(self._model)
         self.core = EngineCore(
-            self.forward,
+            self.forward if self.team is None else InStep(self.forward, self.team),
             self.store,
             core_settings(config, self.facts),
             decode=self._decode if self.tokenizer is not None else None,
             encode=self._encode if self.tokenizer is not None else None,
             device=self.facts.device,
             tiers=make_tiers(config, self.facts, self.store, self._identity),
+            measured=None if self.team is None else self.team.first,
         )
         self._drafters: dict[Any, tuple[Pair | None, Drafter]] = {}
         self.speculator = self.speculator_for(*self._speculation)
@@ -321,6 +326,7 @@ class Engine:
             OSError: the file cannot be written; what was there before still is.
         """
         with self.lock:
+            refuse_files(self.team)
             self.begin()
             return save_prefixes(self._prefix_memory(), self.store, path, self._identity())
 
@@ -334,6 +340,7 @@ class Engine:
                 other weights, another dtype or page size. Nothing has changed.
         """
         with self.lock:
+            refuse_files(self.team)
             self.begin()
             return load_prefixes(self._prefix_memory(), self.store, path, self._identity())
 
@@ -382,7 +389,7 @@ class Engine:
         weight = self._model().get_input_embeddings().weight
         if (weight.device, weight.dtype) != (self.facts.device, self.facts.dtype):
             self._set_up()
-        elif self.validity.begin():
+        elif self._anywhere(self.validity.begin()):
             self.forget()
         else:
             self.forward.refresh()
@@ -393,6 +400,15 @@ class Engine:
             else:
                 drafter.forward.refresh()
 
+    def draw_seed(self) -> int:
+        """A seed from torch's generator; of several processes, from the first one's."""
+        seed = draw_seed()
+        return seed if self.team is None else self.team.first(seed)
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether it holds here or in another process that holds a part of the model."""
+        return flag if self.team is None else self.team.any(flag)
+
     def _draws(self, params: SamplingParams) -> bool:
         """Whether such a request needs a seed from torch's generator."""
         return params.seed is None and self.config.seed is None and not params.greedy
@@ -400,7 +416,7 @@ class Engine:
     def _submit_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None = None) -> Request:
         self.begin()
         params = params or SamplingParams()
-        return self._submit(prompt, params, draw_seed() if self._draws(params) else 0, 0, request_id)
+        return self._submit(prompt, params, self.draw_seed() if self._draws(params) else 0, 0, request_id)
 
     def _submit(
         self, prompt: Prompt, params: SamplingParams, base: int, index: int, request_id: str | None = None
@@ -434,7 +450,7 @@ class Engine:
         try:
             with self.lock:
                 self.begin()
-                base = draw_seed() if any(self._draws(p) for p in params) else 0
+                base = self.draw_seed() if any(self._draws(p) for p in params) else 0
                 for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                     try:
                         request = self._submit(prompt, param, base, index)
@@ -471,10 +487,14 @@ class Engine:
             raise RuntimeError("a step is under way: what it calls (a processor, a criterion) cannot make another")
         try:
             self._stepping = True
-            if self.validity.step():  # the model was changed under running requests
+            if self._anywhere(self.validity.step()):  # the model was changed under running requests
                 self.validity.begin()
                 self.forget()
             result = self.core.step()
+        except BaseException:
+            if self.team is not None:
+                self.team.leave()
+            raise
         finally:
             self._stepping = False
             if not self.core.busy:

@@ -15,6 +15,7 @@ from hf_paged.integrations.attention import CannotDrive
 from hf_paged.integrations.call import Call
 from hf_paged.integrations.engine import Engine
 from hf_paged.integrations.fallback import transformers_loop
+from hf_paged.integrations.parallel import by_one_clock
 from hf_paged.integrations.processors import LOOP_ONLY, Criteria, RowPrompt
 from hf_paged.integrations.registry import REGISTRY
 from hf_paged.integrations.vocabularies import Pair, tokenizer_pair
@@ -101,7 +102,8 @@ def run_prepared(
             model, input_ids, processors, criteria, generation_config, config, streamer, model_kwargs, reason
         )
     text_config = model.config.get_text_config(decoder=True)
-    criteria, sharing = Criteria.of(criteria), {"prefix_caching": config.prefix_caching, "cache_salt": salt}
+    criteria = Criteria.of(by_one_clock(criteria, engine.team))
+    sharing = {"prefix_caching": config.prefix_caching, "cache_salt": salt}
     prepared = (input_ids, prompts, processors, criteria, generation_config, streamer)
     return start(Call(engine, text_config, *prepared, sharing, speculator_for(engine, *drafting)))
 

@@ -116,7 +116,8 @@ class LeanForward:
         ends = ends and _plain(body.norm, "RMSNorm") and _plain(body.rotary_emb, "RotaryEmbedding")
         devices = {p.device for p in model.parameters()}
         dtypes = {p.dtype for p in model.parameters()}
-        if not (outer and ends and len(devices) == 1 and len(dtypes) == 1):
+        made = all(type(p) is nn.Parameter for p in model.parameters())  # not quantised, nor spread over processes
+        if not (outer and ends and made and len(devices) == 1 and len(dtypes) == 1):
             return None
         forward = cls(model, store, backend)
         whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim

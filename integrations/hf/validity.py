@@ -100,13 +100,23 @@ def identity(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _places(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What it is made of, where it is no plain tensor: its share here if it is spread over processes, or its integers
+    and scales if it is quantised."""
+    if type(tensor) in (nn.Parameter, torch.Tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _places(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
+    versions = [0 if t.is_inference() else t._version for t in tensors]
+    return [(v, *(leaf.data_ptr() for leaf in _leaves(t))) for v, t in zip(versions, tensors, strict=True)]
 
 
 def _numbers(tensors: list[torch.Tensor], count: int) -> list[np.ndarray]:
     """Bits of up to `count` numbers of each, as whole numbers; views on a CPU, one copy a kind from elsewhere."""
-    views = [_evenly(tensor, count) for tensor in tensors]
+    views = [_evenly(leaf, count) for tensor in tensors for leaf in _leaves(tensor)]
     host = [view for view in views if view.device.type == "cpu"]
     elsewhere: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for view in views:

@@ -23,7 +23,7 @@ from hf_paged.integrations.cli.generate import (
 if TYPE_CHECKING:
     from hf_paged.integrations.datasets.summary import Summary
 
-INTERRUPTED = 130
+INTERRUPTED, RAY = 130, "ray"
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos")
 METHODS = "off, draft, lookup, suffix, layer_skip, auto"
 _data, _out = "Dataset", "Output"
@@ -56,6 +56,12 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto; by default as saved, on a CPU float32.")
 ]
 Window = Annotated[int | None, typer.Option(help="Rows queued in the engine at once.", rich_help_panel="Engine")]
+
+Backend = Annotated[
+    str | None,
+    typer.Option(help="auto, torch or triton for the attention ops; or ray.", rich_help_panel="Engine"),
+]
+Workers = Annotated[int | None, typer.Option(help="Engines with --backend ray.", rich_help_panel="Engine")]
 
 
 @command
@@ -96,14 +102,15 @@ def evaluate(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
-    backend: opt.Backend = None,
+    backend: Backend = None,
+    workers: Workers = None,
 ) -> None:
     """Generate for every row of a dataset, and write the rows to a directory.
 
     Stopped in any way, the same command goes on; one with other settings is refused. Rows that fail are written with
     their error; the exit code is 0 all the same. After Ctrl-C it is 130.
     """
-    options = locals()
+    options = locals() | ({"backend": None} if backend == RAY else {})
     from hf_paged.integrations.datasets import generate_dataset
     from hf_paged.integrations.datasets.template import Template
 
@@ -112,6 +119,7 @@ def evaluate(
     quiet_transformers()
     opt.set_threads(threads)
     passed = ("split", "subset", "limit", "messages", "chat", "too_long", "format", "shard_rows", "window", "seed")
+    settings |= {"workers": workers} | ({"backend": RAY} if backend == RAY else {})
     try:
         summary = generate_dataset(
             model,
@@ -128,9 +136,22 @@ def evaluate(
             **settings,
         )
     except KeyboardInterrupt as stopped:
-        interrupted(stopped, json_out, plot)
+        if speaks():
+            interrupted(stopped, json_out, plot)
         raise typer.Exit(INTERRUPTED) from None
-    show(summary, json_out, plot)
+    if speaks():
+        show(summary, json_out, plot)
+
+
+def speaks() -> bool:
+    """Whether this is the process that tells of the whole job."""
+    from hf_paged.integrations.datasets.processes import launched
+
+    if not launched():
+        return True
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def check_outputs(json_out: str | None, plot: str | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from hf_paged.integrations.bench.data import BadInput
 from hf_paged.integrations.datasets.directory import OutputDirectory
 from hf_paged.integrations.datasets.models import Served, serve
+from hf_paged.integrations.datasets.processes import Processes
 from hf_paged.integrations.datasets.recipe import GREEDY, Recipe
 from hf_paged.integrations.datasets.report import make_reporter
 from hf_paged.integrations.datasets.runner import Runner
@@ -54,6 +55,7 @@ def generate_dataset(
     window: int | None = None,
     shard: Shard | tuple[int, int] | None = None,
     progress: bool | Reporter = False,
+    workers: int | None = None,
     tokenizer: Any = None,
     draft_model: Any = None,
     speculation: Any = None,
@@ -83,33 +85,65 @@ def generate_dataset(
         format: `jsonl`, or `parquet` in shards of `shard_rows` rows.
         window: rows queued in the engine at once.
         shard: `(rank, world)`: this process's rows, where several run the same call (see `Shard`). Default: as
-            `accelerate launch` says.
+            `accelerate launch` says; the first process then returns the summary of all.
         progress: show it on stderr; or something to tell it to.
+        workers: engines in actors of Ray, with `backend="ray"`. Default: one a GPU, or one.
         tokenizer: of a `model` that is a module. draft_model, speculation: as for `Engine`, or a draft by its name.
         dtype, device: for a `model` that is a name. The dtype is by default as saved, but float32 on a CPU, where
             others are slow.
-        settings: of `EngineConfig`.
+        settings: of `EngineConfig`; `backend="ray"` runs the job on Ray Data, each worker with an engine.
 
     Raises:
         BadInput: (a ValueError) an argument cannot be used, the directory is in use, or belongs to another run.
         OSError: the disk is full; rows written so far are kept.
+        ProcessDied: another process of the job is gone; rows written so far are kept.
         Interrupted: on Ctrl-C, when all is written and the engine closed.
     """
     recipe = Recipe(as_template(template, messages), chat, as_sampling(sampling, max_tokens), seed, too_long)
     source = open_source(dataset, split=split, subset=subset, limit=limit)
     recipe.template.check(source.sample)
-    directory = OutputDirectory(out, format, shard_rows, Shard.of(shard))
+    reporter = make_reporter() if progress is True else progress or None
+    if settings.get("backend") == "ray":
+        given = (model, tokenizer, draft_model, speculation, dtype, device, settings | {"backend": "auto"})
+        directory = OutputDirectory(out, format, shard_rows)
+        return _on_ray(given, recipe, source, directory, reporter, workers, window)
+    if workers is not None:
+        raise BadInput(f"workers={workers}: for backend='ray' only; accelerate launch starts its own processes")
     with ExitStack() as stack:
+        processes = stack.enter_context(Processes(shard))
+        directory = OutputDirectory(out, format, shard_rows, processes.shard)
+        device = device or processes.device
         served = serve(model, tokenizer, draft_model, speculation, dtype, device, recipe, source, settings)
         stack.callback(served.close)
         stack.enter_context(directory)
         runner = Runner(served.engine, recipe, window)
-        if directory.shard.rank == 0:
-            directory.prepare(manifest_of(served, recipe, source, format))
-        directory.shard.barrier()
-        directory.open()
-        reporter = make_reporter() if progress is True else progress or None
+        processes.begin(directory, lambda: directory.prepare(manifest_of(served, recipe, source, format)))
+        reporter = processes.reporter(reporter, source.total)
         summary = Run(runner, source, directory, reporter).go()
+        directory.close()
+        summary = processes.finish(directory, summary)
+        if not summary.finished:
+            raise Interrupted(summary)
+        return summary
+
+
+def _on_ray(
+    given: tuple[Any, ...],
+    recipe: Recipe,
+    source: Source,
+    directory: OutputDirectory,
+    reporter: Reporter | None,
+    workers: int | None,
+    window: int | None,
+) -> Summary:
+    """The same with engines in actors of Ray; this process alone writes."""
+    from hf_paged.integrations.datasets.ray_backend import OnRay, RemoteRunner, check_ray
+
+    check_ray(given[0], workers)
+    with OnRay(given, recipe, source, workers, window) as ray, directory:
+        directory.prepare(ray.manifest(manifest_of, directory.form))
+        directory.open()
+        summary = Run(RemoteRunner(ray, directory), source, directory, reporter).go()
         directory.close()
         directory.write_summary(summary.to_dict())
         if not summary.finished:

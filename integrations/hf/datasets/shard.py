@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,20 +36,6 @@ class Shard:
         return row % self.world == self.rank
 
     @classmethod
-    def of(cls, given: Shard | tuple[int, int] | None) -> Shard:
-        """A shard as callers give it: itself, `(rank, world)`, or None for what the environment says."""
-        if given is None:
-            return cls.from_environment()
+    def of(cls, given: Shard | tuple[int, int]) -> Shard:
+        """A shard as callers give it: itself, or `(rank, world)`."""
         return given if isinstance(given, Shard) else cls(*given)
-
-    @classmethod
-    def from_environment(cls) -> Shard:
-        """What `accelerate launch` has set for this process; (0, 1) without it.
-
-        `RANK` and `WORLD_SIZE` alone do not count: processes of one tensor-parallel model have them, too, and all of
-        those compute every row.
-        """
-        launched = any(name.startswith("ACCELERATE_") for name in os.environ)
-        if not launched or "WORLD_SIZE" not in os.environ:
-            return cls()
-        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
