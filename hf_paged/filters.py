@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_paged.kernels.backends import runs_triton
 from hf_paged.kernels.native_sampling import SamplingOps, sampling_ops
 from hf_paged.noise import gumbel, gumbel_dense, seed_bits
 from hf_paged.params import SamplingParams
@@ -79,6 +80,17 @@ def draw_tensors(
 def compiled(scores: torch.Tensor) -> SamplingOps | None:
     """Compiled ops that draw from `scores` as `draw` does; None where there are none."""
     return sampling_ops() if scores.device.type == "cpu" and scores.dtype == torch.float32 else None
+
+
+def drawing_ops(scores: torch.Tensor):
+    """What draws from `scores` as `draw` does: compiled ops on a CPU, Triton's kernel on a GPU; None: torch's ops."""
+    if scores.device.type == "cpu":
+        return compiled(scores)
+    if scores.dtype != torch.float32 or not runs_triton(scores.device.type, "auto"):
+        return None
+    from hf_paged.kernels.draw import DrawOps
+
+    return DrawOps()
 
 
 def warm(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:

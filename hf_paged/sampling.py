@@ -183,7 +183,7 @@ def _draw(
         [row.position for row in chosen],
         part.device,
     )
-    ops = filters.compiled(part)
+    ops = filters.drawing_ops(part)
     drawn = None
     if ops is not None:
         drawn, tops = ops.draw(part, *given.arrays())

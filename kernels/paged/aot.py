@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_paged.kernels.decode import decode_constants, decode_kernel
+from hf_paged.kernels.draw import BLOCK, WARPS, draw_kernel
 from hf_paged.kernels.extend import extend_constants, extend_kernel
 from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config
 from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
@@ -40,10 +41,18 @@ ARGUMENTS = {
     "extend": "query:*T key_pages:*T value_pages:*T table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
     "stats:*fp32 width:i32 window:i32 " + _TILES,
     "reduce": "parts:*fp32 stats:*fp32 lines:*i32 sinks:*T out:*T splits:i32 window:i32",
+    "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
+    "positions:*i64 listed:*i32 out:*i32",
     "write": "key:*T value:*T key_pages:*T value_pages:*T slots:*i64 key_token:i32/16 key_head:i32/16 "
     "value_token:i32/16 value_head:i32/16",
 }
-KERNELS = {"decode": decode_kernel, "extend": extend_kernel, "reduce": reduce_kernel, "write": write_kernel}
+KERNELS = {
+    "decode": decode_kernel,
+    "draw": draw_kernel,
+    "extend": extend_kernel,
+    "reduce": reduce_kernel,
+    "write": write_kernel,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
             yield made("extend", constants, chosen.warps, chosen.stages)
             yield made("reduce", reduce_constants(shape, chosen, decode=False, **options))
     yield made("write", write_constants(shape))
+    yield made("draw", {"BLOCK": BLOCK}, WARPS)
 
 
 def _source(variant: Variant) -> ASTSource:
