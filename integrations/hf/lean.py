@@ -100,6 +100,7 @@ class LeanForward:
         self.plain = self.ops = linear_backend(self.embed.weight)
         self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
+        self.rounds = self.embed.weight.device.type == "cpu"
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
@@ -147,7 +148,7 @@ class LeanForward:
         rounded up to few numbers."""
         if self.few is not None and lines <= FEW:
             return self.few, 0
-        return self.ops, _spare(lines)
+        return self.ops, _spare(lines) if self.rounds else 0
 
     def keep(self, other: LeanForward) -> None:
         """Take over the copies of weights that `other` made, if they are still good."""
