@@ -117,7 +117,7 @@ class DecodeStepper:
         shape = most, 2 * self.widest.rows
         self._told = torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
         self._events = [torch.cuda.Event() for _ in range(most)] if pinned else []
-        self._steps: dict[Layout, tuple[Callable[[], None], torch.Tensor]] = {}
+        self._steps: dict[Layout, tuple[Callable[[], None], torch.Tensor, StepPlan]] = {}  # a graph keeps no tensor
         self._known: Any = None
 
     def forget(self, known: Any = None) -> None:
@@ -137,7 +137,7 @@ class DecodeStepper:
             return None
         fill(arrays, rows, self.store.page_size)
         self._send(bucket)
-        replay, out = self._steps[bucket]
+        replay, out, _ = self._steps[bucket]
         for step in range(steps):
             replay()
             self._told[step, : out.numel()].copy_(out.view(-1), non_blocking=True)
@@ -164,7 +164,7 @@ class DecodeStepper:
         plan = static_plan(tensors, self.store.page_size, self.backend)
         out = torch.zeros(2, bucket.rows, dtype=torch.int32, device=self.device)
         try:
-            self._steps[bucket] = self.runner.capture(lambda: self._step(plan, tensors, out)), out
+            self._steps[bucket] = self.runner.capture(lambda: self._step(plan, tensors, out)), out, plan
         except torch.OutOfMemoryError:
             self._fail("no memory is left for it: a smaller memory_fraction leaves more")
         except Exception as error:
