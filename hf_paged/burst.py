@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Stepper(Protocol):
-    """Decodes on a device. `most`: steps at once."""
+    """Decodes on a device. `most`: steps at once, where nobody waits."""
 
     most: int
 
@@ -31,13 +31,16 @@ class Stepper(Protocol):
         ...
 
 
+WHILE_OTHERS_WAIT = 8  # steps at once, at most: a row that ends makes room for another
+
+
 def burst_length(work: Sequence[PlanRow], core: EngineCore) -> int:
     """Steps that these rows can do at once; 0 where one of them needs the host between its steps."""
     if not all(_simple(planned) for planned in work):
         return 0
     left = [planned.row.request.max_tokens - len(planned.row.output_ids) for planned in work]
     waits = len(core.roster.running) > len(work) or next(core.roster.waiting(), None) is not None
-    steps = min(core.stepper.most, min(left) if waits else max(left))
+    steps = min(core.stepper.most, min(WHILE_OTHERS_WAIT, *left) if waits else max(left))
     memory = core.memory
     while steps > 1:
         pages = sum(memory.needed(p.sequence, min(steps, n)) for p, n in zip(work, left, strict=True))
@@ -87,6 +90,7 @@ def run_burst(core: EngineCore, work: Sequence[PlanRow], result: StepResult) -> 
         if not alive:
             break
         begun = time.perf_counter()
+    core.recorder.memory(len(core.roster.running), core.memory.pool.held, core.memory.live_tokens)
     return True
 
 
@@ -96,7 +100,6 @@ def _take_step(
     """Commit what one step computed and take its tokens; the rows that go on."""
     for _, planned in alive:
         core.memory.commit(planned.sequence, 1)
-    core.recorder.memory(len(core.roster.running), core.memory.pool.held, core.memory.live_tokens)
     before = len(result.tokens)
     goes_on = [core._take(result, planned.row, sampled, place) for place, planned in alive]
     generated = len(result.tokens) - before

@@ -7,6 +7,7 @@ while the device is at the next.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from hf_paged.kernels import runs_triton
 from hf_paged.plan import PlanRow, StepPlan
 from hf_paged.store import KVStore
 
-STEPS = 8  # at one visit of the host: a request that arrives waits for so many at most
+# Steps at one visit of the host: as many as take this long. A request that arrives waits so long at most.
+SECONDS, LEAST, MOST = 0.1, 8, 64
 
 
 class Refused(ValueError):
@@ -103,20 +105,20 @@ class DecodeStepper:
         most_slots: int,
         backend: str = "auto",
         runner: Graphs | Direct | None = None,
-        most: int = STEPS,
+        most: int = LEAST,
     ) -> None:
         self.forward, self.store, self.backend, self.most = forward, store, backend, most
         self.device = store.keys[0].device
         self.runner = runner or Graphs()
         self.failure: str | None = None
-        slots = min(most_slots, store.num_pages * store.page_size) + most
+        slots = min(most_slots, store.num_pages * store.page_size) + MOST
         self.widest = Layout(batch_bucket(most_rows), width_bucket(slots, store.page_size))
         pinned = self.device.type == "cuda"
         self._host = torch.zeros(self.widest.size, dtype=torch.uint8, pin_memory=pinned)
         self._inputs = torch.zeros(self.widest.size, dtype=torch.uint8, device=self.device)
-        shape = most, 2 * self.widest.rows
+        shape = MOST, 2 * self.widest.rows
         self._told = torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
-        self._events = [torch.cuda.Event() for _ in range(most)] if pinned else []
+        self._events = [torch.cuda.Event() for _ in range(MOST)] if pinned else []
         self._steps: dict[Layout, tuple[Callable[[], None], torch.Tensor, StepPlan]] = {}  # a graph keeps no tensor
         self._known: Any = None
 
@@ -146,10 +148,13 @@ class DecodeStepper:
         return self._tell(len(rows), bucket.rows, steps)
 
     def _tell(self, rows: int, lines: int, steps: int) -> Iterator[tuple[list[int], list[float]]]:
-        told = self._told.numpy()
+        told, begun = self._told.numpy(), time.perf_counter()
         for step in range(steps):
             if self._events:
                 self._events[step].synchronize()
+            if step + 1 == steps and self._events:
+                pace = (time.perf_counter() - begun) / steps
+                self.most = min(max(int(SECONDS / pace), LEAST), MOST)
             tops = told[step, lines : lines + rows].view(np.float32)
             yield told[step, :rows].tolist(), tops.tolist()
 

@@ -97,7 +97,7 @@ class LeanForward:
         ]
         self.scale = body.layers[0].self_attn.scaling
         self.head_dim = body.layers[0].self_attn.head_dim
-        self.plain = self.ops = linear_backend(self.embed.weight)
+        self.plain = self.ops = linear_backend(self.embed.weight, backend)
         self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
         self.rounds = self.embed.weight.device.type == "cpu"
@@ -190,11 +190,9 @@ class LeanForward:
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
         normed = self.between.rms_norm(hidden, layer.norm)
         query, key, value = (part.view(tokens, -1, dim) for part in ops.heads(normed, attention))
-        if "q_norm" in attention._modules:
-            query = self.between.rms_norm(query, attention.q_norm)
-            key = self.between.rms_norm(key, attention.k_norm)
+        norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
         pages = self.store.keys[index], self.store.values[index]
-        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, slots, plan.rows)
+        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, slots, plan.rows, norms)
         n = plan.tokens
         fresh = (key[:n], value[:n])
         out = paged_attention(query[:n], *pages, plan.rows, scale=self.scale, window=layer.window, fresh=fresh)
