@@ -50,22 +50,22 @@ def rotate_kernel(
         tl.store(out, first.to(new_query.dtype.element_ty), mask=there)
         tl.store(out + DIM // 2, second.to(new_query.dtype.element_ty), mask=there)
     else:
-        head -= HEADS
-        at = key + token * key_token + head * DIM
-        first, second = _rotated(at, key_weight, cosine, sine, there, key_eps, DIM, HALF, NORM)
-        first = first.to(new_key.dtype.element_ty)
-        second = second.to(new_key.dtype.element_ty)
-        out = new_key + (token * KV_HEADS + head) * DIM + d
-        tl.store(out, first, mask=there)
-        tl.store(out + DIM // 2, second, mask=there)
+        own = head - HEADS
+        source = key + token * key_token + own * DIM
+        low, high = _rotated(source, key_weight, cosine, sine, there, key_eps, DIM, HALF, NORM)
+        low = low.to(new_key.dtype.element_ty)
+        high = high.to(new_key.dtype.element_ty)
+        fresh = new_key + (token * KV_HEADS + own) * DIM + d
+        tl.store(fresh, low, mask=there)
+        tl.store(fresh + DIM // 2, high, mask=there)
         slot = tl.load(slots + token)
         stored = d < (DIM // 2) * (slot >= 0).to(tl.int32)
-        line = (slot // PAGE_SIZE * KV_HEADS + head) * PAGE_SIZE + slot % PAGE_SIZE
-        tl.store(key_pages + line * DIM + d, first, mask=stored)
-        tl.store(key_pages + line * DIM + DIM // 2 + d, second, mask=stored)
-        at = value + token * value_token + head * DIM + d
-        tl.store(value_pages + line * DIM + d, tl.load(at, mask=stored), mask=stored)
-        tl.store(value_pages + line * DIM + DIM // 2 + d, tl.load(at + DIM // 2, mask=stored), mask=stored)
+        line = ((slot // PAGE_SIZE * KV_HEADS + own) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + d
+        tl.store(key_pages + line, low, mask=stored)
+        tl.store(key_pages + line + DIM // 2, high, mask=stored)
+        new_value = value + token * value_token + own * DIM + d
+        tl.store(value_pages + line, tl.load(new_value, mask=stored), mask=stored)
+        tl.store(value_pages + line + DIM // 2, tl.load(new_value + DIM // 2, mask=stored), mask=stored)
 
 
 def rotate_and_store(
