@@ -121,6 +121,7 @@ class DecodeStepper:
         self._events = [torch.cuda.Event() for _ in range(MOST)] if pinned else []
         self._steps: dict[Layout, tuple[Callable[[], None], torch.Tensor, StepPlan]] = {}  # a graph keeps no tensor
         self._known: Any = None
+        self.clock: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] | None = None  # begin, end, steps of bursts
 
     def forget(self, known: Any = None) -> None:
         """Drop what was captured, unless it was captured with a model that was, and is, `known`."""
@@ -140,11 +141,17 @@ class DecodeStepper:
         fill(arrays, rows, self.store.page_size)
         self._send(bucket)
         replay, out, _ = self._steps[bucket]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.clock is not None else []
+        if marks:
+            marks[0].record()
         for step in range(steps):
             replay()
             self._told[step, : out.numel()].copy_(out.view(-1), non_blocking=True)
             if self._events:
                 self._events[step].record()
+        if marks:
+            marks[1].record()
+            self.clock.append((marks[0], marks[1], steps))
         return self._tell(len(rows), bucket.rows, steps)
 
     def _tell(self, rows: int, lines: int, steps: int) -> Iterator[tuple[list[int], list[float]]]:

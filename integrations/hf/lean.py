@@ -132,7 +132,8 @@ class LeanForward:
         rotation = self.between.rotation(cos[0], sin[0])
         last, wanted = len(self.layers) - 1, len(plan.logits_at)
         for index, layer in enumerate(self.layers):
-            mixed = F.pad(self._attention(index, layer, ops, hidden, rotation, slots, plan), (0, 0, 0, spare))
+            mixed = self._attention(index, layer, ops, hidden, rotation, slots, plan)
+            mixed = F.pad(mixed, (0, 0, 0, spare)) if spare else mixed
             if index == last and wanted < plan.tokens:
                 # Nothing reads the other tokens any more: their KV is stored.
                 ops, spare = self._products(wanted)

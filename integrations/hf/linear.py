@@ -42,7 +42,7 @@ class TorchLinear:
         return self.linear(x, layer).mul_(other)
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
-        """layer(x) + other"""
+        """layer(x) + other, which may be written over."""
         return self.linear(x, layer).add_(other)
 
 
@@ -51,7 +51,7 @@ class TritonLinear(TorchLinear):
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
         p = layer._parameters
-        return super().add(x, layer, other) if p["bias"] is not None else torch.addmm(other, x, p["weight"].t())
+        return super().add(x, layer, other) if p["bias"] is not None else other.addmm_(x, p["weight"].t())
 
     def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
         from hf_paged.kernels.gate import silu_mul

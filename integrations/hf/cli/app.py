@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from hf_paged.integrations.cli import bench, bench_kernels, bench_prefix, bench_speculation, demo, generate, info
+from hf_paged.integrations.cli import (
+    bench,
+    bench_gpu,
+    bench_kernels,
+    bench_prefix,
+    bench_speculation,
+    demo,
+    generate,
+    info,
+)
 
 app = typer.Typer(
     name="hf-paged",
@@ -20,6 +29,7 @@ app.command(name="info")(info.info)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
+bench.app.command(name="gpu")(bench_gpu.gpu)
 app.add_typer(bench.app, name="bench")
 
 
