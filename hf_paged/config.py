@@ -45,6 +45,8 @@ class EngineConfig:
             all tokens ever served).
         backend: `auto`, `torch` or `triton` for the attention ops. `auto` takes Triton's where the device has them
             (CUDA, ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
+        cuda_graphs: run steps in which all rows decode as CUDA graphs, several at a time, with tokens drawn on the
+            device. `auto`: where the device and the model allow it; True: refused where they do not; False: never.
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
 
@@ -61,6 +63,7 @@ class EngineConfig:
     disk_cache_bytes: int = 4 << 30
     track_optimum: bool = False
     backend: str = "auto"
+    cuda_graphs: bool | str = "auto"
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -84,6 +87,8 @@ class EngineConfig:
         require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer or None")
         for name in ("prefix_caching", "track_optimum", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        value = self.cuda_graphs
+        require(isinstance(value, bool) or value == "auto", "cuda_graphs", value, "True, False or 'auto'")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
 
     @classmethod

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_prompt, checked_scoring
+from hf_paged.burst import Stepper, run_burst
 from hf_paged.config import CoreSettings
 from hf_paged.drafting import Drafting
 from hf_paged.drawing import append_drawn, note_prompts, rows_to_draw
@@ -57,6 +58,7 @@ class EngineCore:
         device: where plans go.
         tiers: where pages go that the prefix cache gives up, the fastest first.
         measured: seconds that were measured here → those that speculation goes by. Default: the same.
+        stepper: decodes several steps at once on the device, where it can.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class EngineCore:
         device: torch.device | str = "cpu",
         tiers: Sequence[Tier] = (),
         measured: Callable[[float], float] | None = None,
+        stepper: Stepper | None = None,
     ) -> None:
+        self.stepper = stepper
         self.forward, self.store, self.settings = forward, store, settings
         self.decode, self.encode, self.device = decode, encode, device
         self.memory = Memory(store.num_pages, store.page_size, settings.prefix_caching)
@@ -188,7 +192,7 @@ class EngineCore:
             self._apply(decision)
             work = self._reserve(decision)
             work, drafts = self.drafting.propose(work, self.settings.max_batch_tokens)
-            if work:
+            if work and not (self.stepper is not None and not drafts and run_burst(self, work, result)):
                 logits = self._forward(work)
                 self._conclude(work, drafts, logits, result)
         except BaseException:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_paged.kernels.backends import runs_triton
 from hf_paged.kernels.native_sampling import SamplingOps, sampling_ops
 from hf_paged.noise import gumbel, gumbel_dense, seed_bits
 from hf_paged.params import SamplingParams
@@ -95,6 +96,17 @@ def draw_at_once(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int,
     whole = np.array([(max(p.top_k, 0), seed_bits(seed), place) for p, seed, place in rows], np.int64).T
     tokens, tops = ops.draw(logits, *np.ascontiguousarray(floats), *np.ascontiguousarray(whole))
     return tokens if all(map(math.isfinite, tops)) else None
+
+
+def drawing_ops(scores: torch.Tensor):
+    """What draws from `scores` as `draw` does: compiled ops on a CPU, Triton's kernel on a GPU; None: torch's ops."""
+    if scores.device.type == "cpu":
+        return compiled(scores)
+    if scores.dtype != torch.float32 or not runs_triton(scores.device.type, "auto"):
+        return None
+    from hf_paged.kernels.draw import DrawOps
+
+    return DrawOps()
 
 
 def warm(scores: torch.Tensor, given: DrawTensors) -> torch.Tensor:

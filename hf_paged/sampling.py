@@ -141,6 +141,11 @@ def _no_token(top: float, what: str) -> SamplingError:
     return SamplingError(f"no token is allowed: {what} are all -inf")
 
 
+def drawn_errors(tops: Sequence[float]) -> list[Exception | None]:
+    """What is wrong with rows, by the largest of each one's logits over its temperature."""
+    return [None if math.isfinite(top) else _no_token(top, "the model's logits") for top in tops]
+
+
 def _take_largest(
     scores: torch.Tensor,
     members: Sequence[int],
@@ -201,7 +206,7 @@ def _draw(
         [row.position for row in chosen],
         part.device,
     )
-    ops = filters.compiled(part)
+    ops = filters.drawing_ops(part)
     drawn = None
     if ops is not None:
         drawn, tops = ops.draw(part, *given.arrays())

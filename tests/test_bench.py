@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from cli_helpers import BUNDLED, save_tiny
 from typer.testing import CliRunner
 
@@ -274,3 +275,20 @@ def test_the_workers_environment_keeps_what_is_set(tmp_path, monkeypatch):
     local, hub = worker_environment(str(tmp_path), 3 * 2**30), worker_environment("org/name", 1)
     assert local["VLLM_CPU_KVCACHE_SPACE"] == "7" and local["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in hub and hub["VLLM_CPU_OMP_THREADS_BIND"]
+
+
+def test_gpu_benchmark_in_small(monkeypatch):
+    """On a CPU, where nothing is captured: everything that the report is shown from."""
+    from hf_paged.integrations.bench import gpu
+    from hf_paged.integrations.bench.kernels import Scale
+    from hf_paged.integrations.cli.bench_gpu import show_gpu
+
+    small = Scale(device="cpu", dtype=torch.float32, copy_bytes=1 << 16, matmul=32)
+    load = gpu.Load("tiny", 3, 5, 4, ("hf",))
+    monkeypatch.setattr(gpu, "STEPS", 3)
+    monkeypatch.setattr(gpu, "STEP", (2, 6))
+    report = gpu.run_gpu([load], "cpu", torch.float32, scale=small)
+    (model,) = report["models"]
+    assert model["greedy"]["tokens_per_second"] > 0 and model["peers"]["hf"]["seconds"] > 0
+    assert model["step"]["over_roofline"] > 0 and not model["graphs"]
+    show_gpu(report)

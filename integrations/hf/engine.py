@@ -14,6 +14,7 @@ import torch
 
 from hf_paged.config import EngineConfig
 from hf_paged.engine import EngineCore, StepResult
+from hf_paged.integrations.cuda_step import make_stepper
 from hf_paged.integrations.drafters import make_drafter, speculation_settings
 from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
@@ -102,15 +103,20 @@ class Engine:
         self.store = KVStore(layers, pages, config.page_size, self.facts.dtype, self.facts.device)
         self.forward = PagedForward(self._model, self.store, config.backend)
         self.validity = Validity(self._model)
+        settings = core_settings(config, self.facts)
+        own = self.team is None  # graphs over several processes are not tried
+        self.stepper = make_stepper(config, self.forward, self.store, settings) if own else None
+        self._mark_graphs()
         self.core = EngineCore(
             self.forward if self.team is None else InStep(self.forward, self.team),
             self.store,
-            core_settings(config, self.facts),
+            settings,
             decode=self._decode if self.tokenizer is not None else None,
             encode=self._encode if self.tokenizer is not None else None,
             device=self.facts.device,
             tiers=make_tiers(config, self.facts, self.store, self._identity),
             measured=None if self.team is None else self.team.first,
+            stepper=self.stepper,
         )
         self._drafters: dict[Any, tuple[Pair | None, Drafter]] = {}
         self.speculator = self.speculator_for(*self._speculation)
@@ -314,6 +320,7 @@ class Engine:
         """
         with self.lock:
             self.forward.refresh()
+            self._mark_graphs()
             self.core.forget(self._identity() if self.core.second is not None else "")
 
     def save_prefixes(self, path: str | os.PathLike) -> Path:
@@ -353,6 +360,12 @@ class Engine:
             raise ValueError("prefix_caching=False: this engine keeps no prefixes")
         return self.core.memory
 
+    def _mark_graphs(self) -> None:
+        """Captured steps are dropped unless the model is, but for its numbers, what they were captured with."""
+        if self.stepper is not None:
+            known = self.validity.known
+            self.stepper.forget((type(self.forward.run), known.structure, [place for place, _ in known.places]))
+
     def _identity(self) -> str:
         """Names the model's KV, in any process."""
         return identity(self._model())
@@ -367,6 +380,8 @@ class Engine:
         with self.lock:
             for request in list(self.core.requests):
                 self.core.cancel(request.request_id)
+            if self.stepper is not None:
+                self.stepper.forget()
             self.store.keys, self.store.values, self._closed = [], [], True
             for _, drafter in self._drafters.values():
                 if drafter.store is not None:

@@ -98,11 +98,12 @@ class LeanForward:
         ]
         self.scale = body.layers[0].self_attn.scaling
         self.head_dim = body.layers[0].self_attn.head_dim
-        self.plain = self.ops = linear_backend(self.embed.weight)
+        self.plain = self.ops = linear_backend(self.embed.weight, backend)
         self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
         # Attention is compiled where what lies between the products is.
         self.blocks = FewLines(self) if self.few is not None and backend == "auto" else None
+        self.rounds = self.embed.weight.device.type == "cpu"
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
@@ -137,7 +138,8 @@ class LeanForward:
         rotation = self.between.rotation(cos[0], sin[0])
         last, wanted = len(self.layers) - 1, len(plan.logits_at)
         for index, layer in enumerate(self.layers):
-            mixed = F.pad(self._attention(index, layer, ops, hidden, rotation, slots, plan), (0, 0, 0, spare))
+            mixed = self._attention(index, layer, ops, hidden, rotation, slots, plan)
+            mixed = F.pad(mixed, (0, 0, 0, spare)) if spare else mixed
             if index == last and wanted < plan.tokens:
                 # Nothing reads the other tokens any more: their KV is stored.
                 ops, spare = self._products(wanted)
@@ -153,7 +155,7 @@ class LeanForward:
         rounded up to few numbers."""
         if self.few is not None and lines <= FEW:
             return self.few, 0
-        return self.ops, _spare(lines)
+        return self.ops, _spare(lines) if self.rounds else 0
 
     def keep(self, other: LeanForward) -> None:
         """Take over the copies of weights that `other` made, if they are still good."""
@@ -195,11 +197,9 @@ class LeanForward:
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
         normed = self.between.rms_norm(hidden, layer.norm)
         query, key, value = (part.view(tokens, -1, dim) for part in ops.heads(normed, attention))
-        if "q_norm" in attention._modules:
-            query = self.between.rms_norm(query, attention.q_norm)
-            key = self.between.rms_norm(key, attention.k_norm)
+        norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
         pages = self.store.keys[index], self.store.values[index]
-        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, slots, plan.rows)
+        query, key = self.between.rotate_and_store(query, key, value, rotation, pages, slots, plan.rows, norms)
         n = plan.tokens
         fresh = (key[:n], value[:n])
         out = paged_attention(query[:n], *pages, plan.rows, scale=self.scale, window=layer.window, fresh=fresh)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_paged.kernels import runs_triton, with_fallback
 from hf_paged.kernels.native import NativeOps
 from hf_paged.kernels.native_products import ProductOps, product_ops
 
@@ -41,8 +42,24 @@ class TorchLinear:
         return self.linear(x, layer).mul_(other)
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
-        """layer(x) + other"""
+        """layer(x) + other, which may be written over."""
         return self.linear(x, layer).add_(other)
+
+
+class TritonLinear(TorchLinear):
+    """The same on a GPU: the gate of an MLP in one pass, sums inside the product."""
+
+    def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
+        p = layer._parameters
+        return super().add(x, layer, other) if p["bias"] is not None else other.addmm_(x, p["weight"].t())
+
+    def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
+        from hf_paged.kernels.gate import silu_mul
+
+        if not runs_triton(x.device.type, "auto"):
+            return super().gated(x, mlp)
+        gate, up = self.linear(x, mlp.gate_proj), self.linear(x, mlp.up_proj)
+        return with_fallback(silu_mul, lambda *_: F.silu(gate).mul_(up), gate, up)
 
 
 class OneDnnLinear(TorchLinear):
@@ -169,8 +186,10 @@ def _bits(weight: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.int32 if flat.numel() % 2 else torch.int64)
 
 
-def linear_backend(weight: torch.Tensor) -> TorchLinear:
+def linear_backend(weight: torch.Tensor, backend: str = "auto") -> TorchLinear:
     """oneDNN for float32 on a CPU where torch has it and it gives the right numbers, else torch."""
+    if weight.device.type != "cpu" and runs_triton(weight.device.type, backend):
+        return TritonLinear()
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
     return OneDnnLinear() if fits and _onednn_is_right() else TorchLinear()
 

@@ -71,4 +71,4 @@ def paged_attention(
     return run(*tensors, **options)
 
 
-__all__ = ["PagedRows", "choose_backend", "paged_attention", "write_kv"]
+__all__ = ["PagedRows", "choose_backend", "paged_attention", "runs_triton", "with_fallback", "write_kv"]

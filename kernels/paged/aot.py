@@ -20,10 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_paged.kernels.advance import advance_kernel
 from hf_paged.kernels.decode import decode_constants, decode_kernel
+from hf_paged.kernels.draw import BLOCK, WARPS, draw_kernel
 from hf_paged.kernels.extend import extend_constants, extend_kernel
+from hf_paged.kernels.gate import GATE_BLOCK, gate_kernel
 from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config
 from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
+from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
+from hf_paged.kernels.rotate import rotate_constants, rotate_kernel
 from hf_paged.kernels.write_triton import write_constants, write_kernel
 
 TARGETS = {
@@ -40,10 +45,27 @@ ARGUMENTS = {
     "extend": "query:*T key_pages:*T value_pages:*T table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
     "stats:*fp32 width:i32 window:i32 " + _TILES,
     "reduce": "parts:*fp32 stats:*fp32 lines:*i32 sinks:*T out:*T splits:i32 window:i32",
+    "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
+    "positions:*i64 listed:*i32 out:*i32",
+    "advance": "out:*i32 ids:*i64 positions:*i64 slots:*i64 context:*i32 table:*i32 rows:i32 width:i32",
+    "gate": "gate:*T up:*T out:*T size:i32",
+    "rms_norm": "x:*T weight:*T out:*T stride:i32 eps:fp32",
+    "rotate": "query:*T key:*T value:*T query_weight:*T key_weight:*T cosines:*T sines:*T slots:*i64 new_query:*T "
+    "new_key:*T key_pages:*T value_pages:*T query_token:i32 key_token:i32 value_token:i32 query_eps:fp32 key_eps:fp32",
     "write": "key:*T value:*T key_pages:*T value_pages:*T slots:*i64 key_token:i32/16 key_head:i32/16 "
     "value_token:i32/16 value_head:i32/16",
 }
-KERNELS = {"decode": decode_kernel, "extend": extend_kernel, "reduce": reduce_kernel, "write": write_kernel}
+KERNELS = {
+    "advance": advance_kernel,
+    "decode": decode_kernel,
+    "draw": draw_kernel,
+    "extend": extend_kernel,
+    "gate": gate_kernel,
+    "reduce": reduce_kernel,
+    "rms_norm": rms_norm_kernel,
+    "rotate": rotate_kernel,
+    "write": write_kernel,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,13 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
             yield made("extend", constants, chosen.warps, chosen.stages)
             yield made("reduce", reduce_constants(shape, chosen, decode=False, **options))
     yield made("write", write_constants(shape))
+    yield made("draw", {"BLOCK": BLOCK}, WARPS)
+    yield made("advance", {"PAGE_SIZE": shape.page_size, "BLOCK": 256})
+    yield made("gate", {"BLOCK": GATE_BLOCK})
+    yield made("rms_norm", norm_constants(4096), norm_warps(4096))
+    if shape.key_dim == shape.value_dim:
+        for norm in (False, True):
+            yield made("rotate", rotate_constants(shape, norm), 1)
 
 
 def _source(variant: Variant) -> ASTSource:

@@ -7,6 +7,7 @@ import typer
 from hf_paged.integrations.cli import (
     bench,
     bench_eval,
+    bench_gpu,
     bench_kernels,
     bench_prefix,
     bench_score,
@@ -38,6 +39,7 @@ bench.app.command(name="eval")(bench_eval.evaluation)
 bench.app.command(name="speculation")(bench_speculation.speculation)
 bench.app.command(name="kernels")(bench_kernels.kernels)
 bench.app.command(name="score")(bench_score.score)
+bench.app.command(name="gpu")(bench_gpu.gpu)
 app.add_typer(bench.app, name="bench")
 
 
