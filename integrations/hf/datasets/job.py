@@ -231,7 +231,7 @@ class Run:
         """This process's rows: in all, where that is known, those that are written, and of them those that failed."""
         shard, total, done = self.directory.shard, self.source.total, self.directory.done
         mine = range(shard.rank, done.end if total is None else total, shard.world)
-        return None if total is None else len(mine), sum(row in done for row in mine), sum(map(done.failed, mine))
+        return None if total is None else len(mine), sum(row in done for row in mine), sum(map(done.has_failed, mine))
 
     def _tell(self, what: str) -> None:
         failed = self.failed_before + self.account.failed
