@@ -251,6 +251,15 @@ def test_an_exception_in_a_step(pipe, monkeypatch, kind):
     assert pipe(TEXTS, **GREEDY, **PAGED) == pipe(TEXTS, **GREEDY)
 
 
+def test_a_model_that_the_engine_cannot_drive(pipe, monkeypatch):
+    """Rows run in transformers' loop as they are asked for; none is read that need not be."""
+    monkeypatch.setattr("hf_paged.integrations.generate._why_not_on", lambda *given: "it is a test")
+    read, wanted = [], pipe(TEXTS, **GREEDY)
+    results = iter(pipe((read.append(text) or text for text in TEXTS), **GREEDY, **PAGED))
+    assert next(results) == wanted[0] and len(read) <= 2
+    assert [next(results) for _ in wanted[1:]] == wanted[1:]
+
+
 def test_a_bad_setting_is_refused(pipe):
     with pytest.raises(ValueError, match="page_size"):
         pipe(TEXTS, **GREEDY, **PAGED, cache_config={"page_size": 0})

@@ -207,6 +207,8 @@ class Run:
                     self.over = True
                 return
             self._start(inputs)
+            if _call_of(self.queued[-1]) is None:  # computed already, or refused: no reason to read ahead
+                return
 
     def _start(self, inputs: dict[str, Any]) -> None:
         call = None
