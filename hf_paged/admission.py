@@ -81,10 +81,9 @@ def checked_scoring(token_ids: Sequence[int], scoring: Scoring, capacity: Capaci
     ids = checked_prompt(token_ids, capacity)
     if not 1 <= scoring.start <= len(ids):
         raise ValueError(f"start={scoring.start}: must be 1 to {len(ids)}, the number of tokens")
-    if scoring.start == len(ids) and not scoring.ends:
-        raise ValueError("there is no token to score")
-    if scoring.ends:
-        checked_prompt(scoring.ends, capacity)
+    if not scoring.ends:  # the last token would be computed for nothing, and nobody would see whether its KV is good
+        raise ValueError("ends is empty: give the last token to score there")
+    checked_prompt(scoring.ends, capacity)
     most = capacity.scorable
     if len(ids) > most:
         limit, which = capacity.limit

@@ -30,7 +30,7 @@ class Scoring:
 
     Attributes:
         start: place of the first token that is scored, 1 to the number of tokens.
-        ends: token ids, each scored as the one behind the last token. They cost one row of logits together.
+        ends: token ids, at least one, each scored as the one behind the last token. They cost one row of logits.
         logprobs: natural logarithm of each scored token's probability: those of the request, then `ends`.
         greedy: whether each is the most probable one at its place.
         left: scored tokens that are not known yet.

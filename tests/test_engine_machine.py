@@ -89,12 +89,12 @@ class EngineMachine(RuleBasedStateMachine):
             st.lists(st.integers(0, 1), min_size=1, max_size=20),
         ),
         start=st.integers(1, 20),
-        ends=st.lists(st.integers(0, 5), max_size=3),
+        ends=st.lists(st.integers(0, 5), min_size=1, max_size=3),
         salt=st.sampled_from([None, None, "a"]),
     )
     def score(self, text, start, ends, salt):
         start = min(start, len(text))
-        fits = len(text) < self.most and (start < len(text) or len(ends) > 0)
+        fits = len(text) < self.most
         params = SamplingParams(max_tokens=1, cache_salt=salt)
         try:
             self.requests.append(self.core.submit_scoring(text, Scoring(start, tuple(ends)), params))
@@ -189,8 +189,8 @@ def compare_scores(request):
     assert request.ended
     if request.rows[0].finish_reason == "cancelled":
         return
-    poisoned = POISON in text[:-1] or (POISON in text and scoring.ends)
-    assert isinstance(request.error, ScoringError) == bool(poisoned), request.error
+    poisoned = POISON in text
+    assert isinstance(request.error, ScoringError) == poisoned, request.error
     if not poisoned:
         assert scoring.left == 0 and scoring.logprobs == pytest.approx(toy_scores(text, scoring), abs=1e-5)
 

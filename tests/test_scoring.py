@@ -355,7 +355,7 @@ def test_a_step_that_fails_may_be_tried_again():
 
 @pytest.mark.parametrize(
     ("start", "ends", "words"),
-    [(0, (1,), "start=0"), (9, (1,), "1 to 8"), (8, (), "no token"), (1, (VOCAB,), "outside")],
+    [(0, (1,), "start=0"), (9, (1,), "1 to 8"), (8, (), "ends is empty"), (1, (VOCAB,), "outside")],
 )
 def test_the_core_refuses_what_it_cannot_score(start, ends, words):
     core = toy_core()
