@@ -57,6 +57,12 @@ Dtype = Annotated[
 ]
 Window = Annotated[int | None, typer.Option(help="Rows queued in the engine at once.", rich_help_panel="Engine")]
 
+Backend = Annotated[
+    str | None,
+    typer.Option(help="auto, torch or triton for the attention ops; or ray.", rich_help_panel="Engine"),
+]
+Workers = Annotated[int | None, typer.Option(help="Engines with --backend ray.", rich_help_panel="Engine")]
+
 
 @command
 def evaluate(
@@ -96,7 +102,8 @@ def evaluate(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
-    backend: opt.Backend = None,
+    backend: Backend = None,
+    workers: Workers = None,
 ) -> None:
     """Generate for every row of a dataset, and write the rows to a directory.
 
@@ -111,7 +118,19 @@ def evaluate(
     settings = settings_of(options)
     quiet_transformers()
     opt.set_threads(threads)
-    passed = ("split", "subset", "limit", "messages", "chat", "too_long", "format", "shard_rows", "window", "seed")
+    passed = (
+        "split",
+        "subset",
+        "limit",
+        "messages",
+        "chat",
+        "too_long",
+        "format",
+        "shard_rows",
+        "window",
+        "seed",
+        "workers",
+    )
     try:
         summary = generate_dataset(
             model,

@@ -55,6 +55,7 @@ def generate_dataset(
     window: int | None = None,
     shard: Shard | tuple[int, int] | None = None,
     progress: bool | Reporter = False,
+    workers: int | None = None,
     tokenizer: Any = None,
     draft_model: Any = None,
     speculation: Any = None,
@@ -86,10 +87,11 @@ def generate_dataset(
         shard: `(rank, world)`: this process's rows, where several run the same call (see `Shard`). Default: as
             `accelerate launch` says; the first process then returns the summary of all.
         progress: show it on stderr; or something to tell it to.
+        workers: engines in actors of Ray, with `backend="ray"`. Default: one a GPU, or one.
         tokenizer: of a `model` that is a module. draft_model, speculation: as for `Engine`, or a draft by its name.
         dtype, device: for a `model` that is a name. The dtype is by default as saved, but float32 on a CPU, where
             others are slow.
-        settings: of `EngineConfig`.
+        settings: of `EngineConfig`; `backend="ray"` runs the job on Ray Data, each worker with an engine.
 
     Raises:
         BadInput: (a ValueError) an argument cannot be used, the directory is in use, or belongs to another run.
@@ -100,6 +102,13 @@ def generate_dataset(
     recipe = Recipe(as_template(template, messages), chat, as_sampling(sampling, max_tokens), seed, too_long)
     source = open_source(dataset, split=split, subset=subset, limit=limit)
     recipe.template.check(source.sample)
+    reporter = make_reporter() if progress is True else progress or None
+    if settings.get("backend") == "ray":
+        given = (model, tokenizer, draft_model, speculation, dtype, device, settings | {"backend": "auto"})
+        directory = OutputDirectory(out, format, shard_rows)
+        return _on_ray(given, recipe, source, directory, reporter, workers, window)
+    if workers is not None:
+        raise BadInput(f"workers={workers}: for backend='ray' only; accelerate launch starts its own processes")
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(shard))
         directory = OutputDirectory(out, format, shard_rows, processes.shard)
@@ -109,11 +118,34 @@ def generate_dataset(
         stack.enter_context(directory)
         runner = Runner(served.engine, recipe, window)
         processes.begin(directory, lambda: directory.prepare(manifest_of(served, recipe, source, format)))
-        reporter = make_reporter() if progress is True else progress or None
         reporter = processes.reporter(reporter, source.total)
         summary = Run(runner, source, directory, reporter).go()
         directory.close()
         summary = processes.finish(directory, summary)
+        if not summary.finished:
+            raise Interrupted(summary)
+        return summary
+
+
+def _on_ray(
+    given: tuple[Any, ...],
+    recipe: Recipe,
+    source: Source,
+    directory: OutputDirectory,
+    reporter: Reporter | None,
+    workers: int | None,
+    window: int | None,
+) -> Summary:
+    """The same with engines in actors of Ray; this process alone writes."""
+    from hf_paged.integrations.datasets.ray_backend import OnRay, RemoteRunner, check_ray
+
+    check_ray(given[0], workers)
+    with OnRay(given, recipe, source, workers, window) as ray, directory:
+        directory.prepare(ray.manifest(manifest_of, directory.form))
+        directory.open()
+        summary = Run(RemoteRunner(ray, directory), source, directory, reporter).go()
+        directory.close()
+        directory.write_summary(summary.to_dict())
         if not summary.finished:
             raise Interrupted(summary)
         return summary

@@ -23,8 +23,8 @@ from hf_paged.integrations.datasets.source import Source
 from hf_paged.stats import EngineStats
 
 BATCH = 256  # rows that an actor gets at once
-BLOCK = 64  # rows that travel together
-PEAKS = ("peak_running", "peak_pages", "peak_live_bytes", "pages_free", "pages_idle", "pages_total")
+BLOCK, BLOCK_BYTES = 16, 1 << 14  # rows that enter together; bytes that Ray puts together
+ADDED = [f.name for f in fields(EngineStats) if f.name not in ("optimal_tokens", "kv_waste", "page_bytes")]
 
 
 def check_ray(model: Any, workers: int | None) -> None:
@@ -45,7 +45,7 @@ class Worker:
     """An engine in an actor. A call takes a batch of rows, and yields those that have ended, step by step.
 
     Args:
-        made: gives the engine (as `Served`).
+        make: gives the engine (as `Served`).
         recipe, window: as for `Runner`.
     """
 
@@ -68,27 +68,35 @@ def _block(items: list[tuple[int, Any]]) -> dict[str, list]:
 class RemoteRunner:
     """What `Run` needs of a runner, for engines in actors.
 
+    Args:
+        job: the actors.
+        directory: where their rows go; those that are there are not asked for.
+
     Attributes:
         engine: tells what all of them did; here it is this object.
     """
 
     speculator = None
 
-    def __init__(self, ask: Callable[[Iterable[tuple[int, Any]]], Iterator[dict]], directory: OutputDirectory) -> None:
-        self._ask, self._directory = ask, directory
+    def __init__(self, job: OnRay, directory: OutputDirectory) -> None:
+        self._job, self._directory = job, directory
         self.engine, self.in_flight = self, 0
         self._said: dict[int, tuple[EngineStats, Any, float]] = {}
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[list[dict]]:
-        """Rows as they come back; what an actor that died had sent already comes only once."""
-        for block in self._ask(rows):
+        """Rows as they come back; what an actor that died had sent already comes only once.
+
+        `rows` are not looked at here: a process of Ray's reads them.
+        """
+        done = self._directory.done
+        for block in self._job.ask(lambda number: number not in done):
             ended, seen = [], set()
             for number, data in zip(block["row"].tolist(), block["data"], strict=True):
                 item = pickle.loads(data)
                 if number < 0:
                     self._said[item[0]] = item[1:]
                     self.speculator = self.speculator or (item[2].proposers or None)
-                elif number not in self._directory.done and number not in seen:
+                elif number not in done and number not in seen:
                     seen.add(number)
                     ended.append(item)
             yield ended
@@ -103,9 +111,12 @@ class RemoteRunner:
 
     def stats(self) -> EngineStats:
         """What all actors did, as far as they have told: after each batch."""
+        if not self._said:
+            return EngineStats(pages_free=1, pages_total=1)
         total = EngineStats()
         for stats, _, _ in self._said.values():
-            total = replace(total, page_bytes=stats.page_bytes, **_added(total, stats))
+            added = {name: getattr(total, name) + getattr(stats, name) for name in ADDED}
+            total = replace(total, page_bytes=stats.page_bytes, **added)
         return total
 
     def speculation_stats(self) -> Any:
@@ -117,11 +128,6 @@ class _Drafts:
     def __init__(self, all_stats: list[Any]) -> None:
         self.proposed = sum(stats.proposed for stats in all_stats)
         self.accepted = sum(stats.accepted for stats in all_stats)
-
-
-def _added(one: EngineStats, other: EngineStats) -> dict[str, Any]:
-    names = [f.name for f in fields(EngineStats) if f.name not in ("optimal_tokens", "kv_waste", "page_bytes")]
-    return {name: getattr(one, name) + getattr(other, name) for name in names}
 
 
 class OnRay:
@@ -175,22 +181,32 @@ class OnRay:
             raise BadInput(seen)
         return seen
 
-    def ask(self, rows: Iterable[tuple[int, Any]]) -> Iterator[dict]:
-        """Blocks of rows that actors have answered; `rows` is read in a process of Ray's, as fast as they do."""
+    def ask(self, wanted: Callable[[int], bool]) -> Iterator[dict]:
+        """Blocks of rows that actors have answered, of those that are wanted; they are read as fast as they do."""
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        read = ray.data.read_datasource(_datasource(rows), num_cpus=0, override_num_blocks=1)
-        asked = read.map_batches(
-            Worker,
-            fn_constructor_args=(self._make, self.recipe, self.window),
-            batch_size=self.window or BATCH,
-            concurrency=self.workers,
-            num_cpus=1,
-            num_gpus=self.gpus,
-        )
-        yield from asked.iter_batches(batch_size=None, batch_format="numpy")
+        context, source = ray.data.DataContext.get_current(), self.source
+        before = context.enable_progress_bars, context.target_max_block_size
+        context.enable_progress_bars, context.target_max_block_size = False, BLOCK_BYTES
+        try:
+            rows = _datasource(lambda: source.rows(wanted))
+            read = ray.data.read_datasource(rows, num_cpus=0, override_num_blocks=1)
+            asked = read.map_batches(
+                Worker,
+                fn_constructor_args=(self._make, self.recipe, self.window),
+                batch_size=self._batch(),
+                compute=ray.data.ActorPoolStrategy(size=self.workers),
+                num_cpus=1,
+                num_gpus=self.gpus,
+            )
+            yield from asked.iter_batches(batch_size=None, batch_format="numpy")
+        finally:
+            context.enable_progress_bars, context.target_max_block_size = before
+
+    def _batch(self) -> int:
+        """Rows that an actor gets at once: of a small dataset so few that all actors have some."""
+        most = self.window or BATCH
+        return most if self.source.total is None else max(1, min(most, self.source.total // (2 * self.workers)))
 
 
 def _datasource(rows: Callable[[], Iterator[tuple[int, Any]]]) -> Any:
