@@ -23,7 +23,7 @@ from hf_paged.integrations.cli.generate import (
 if TYPE_CHECKING:
     from hf_paged.integrations.datasets.summary import Summary
 
-INTERRUPTED = 130
+INTERRUPTED, RAY = 130, "ray"
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos")
 METHODS = "off, draft, lookup, suffix, layer_skip, auto"
 _data, _out = "Dataset", "Output"
@@ -110,7 +110,7 @@ def evaluate(
     Stopped in any way, the same command goes on; one with other settings is refused. Rows that fail are written with
     their error; the exit code is 0 all the same. After Ctrl-C it is 130.
     """
-    options = locals()
+    options = locals() | ({"backend": None} if backend == RAY else {})
     from hf_paged.integrations.datasets import generate_dataset
     from hf_paged.integrations.datasets.template import Template
 
@@ -118,19 +118,8 @@ def evaluate(
     settings = settings_of(options)
     quiet_transformers()
     opt.set_threads(threads)
-    passed = (
-        "split",
-        "subset",
-        "limit",
-        "messages",
-        "chat",
-        "too_long",
-        "format",
-        "shard_rows",
-        "window",
-        "seed",
-        "workers",
-    )
+    passed = ("split", "subset", "limit", "messages", "chat", "too_long", "format", "shard_rows", "window", "seed")
+    settings |= {"workers": workers} | ({"backend": RAY} if backend == RAY else {})
     try:
         summary = generate_dataset(
             model,

@@ -24,6 +24,7 @@ from hf_paged.stats import EngineStats
 
 BATCH = 256  # rows that an actor gets at once
 BLOCK, BLOCK_BYTES = 16, 1 << 14  # rows that enter together; bytes that Ray puts together
+STORE_BYTES = 1 << 28  # for rows on their way, where Ray is started here
 ADDED = [f.name for f in fields(EngineStats) if f.name not in ("optimal_tokens", "kv_waste", "page_bytes")]
 
 
@@ -143,7 +144,7 @@ class OnRay:
 
         self._stack = ExitStack()
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, configure_logging=False)
+            ray.init(object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
             self._stack.callback(ray.shutdown)
         gpus = int(ray.cluster_resources().get("GPU", 0)) if arguments[-2] in (None, "cuda") else 0
         self.workers, self.gpus = workers or max(gpus, 1), int(gpus > 0)
