@@ -1,4 +1,4 @@
-"""HumanEval-style completion, with and without a draft model: the same rows, fewer forwards.
+r"""HumanEval-style completion, with and without a draft model: the same rows, fewer forwards.
 
 python examples/code_completion.py [MODEL DRAFT [DATASET.jsonl]]
 
@@ -6,7 +6,7 @@ DATASET has a column `prompt`, as HumanEval.jsonl.gz has; by default a dozen fun
 shell:
 
 hf-paged eval --dataset examples/data/functions.jsonl --template '{{ prompt.rstrip() }}' --draft examples/models/draft \
-    --max-tokens 64 --stop '\\ndef ' --stop '\\nclass ' --out out/functions
+    --max-tokens 64 --stop '\ndef ' --stop '\nclass ' --out out/functions
 """
 
 import sys
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"{name}: {summary.rows} rows, {summary.generated_tokens} tokens in {summary.steps} forwards{taken}")
     print("the same rows:", found["plain"] == found["drafted"])
     row = found["drafted"][0]
-    print(row["prompt"] + row["text"])
+    print(row["prompt"] + row["text"].rstrip())
 
 
 if __name__ == "__main__":

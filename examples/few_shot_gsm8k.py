@@ -1,4 +1,4 @@
-"""Few-shot GSM8K: a template file with four worked problems, every answer scored, a run that is stopped and goes on.
+r"""Few-shot GSM8K: a template file with four worked problems, every answer scored, a run that is stopped and goes on.
 
 python examples/few_shot_gsm8k.py [MODEL [DATASET.jsonl]]
 
@@ -6,7 +6,7 @@ DATASET is GSM8K's own file or hub name where you have it; by default 24 problem
 from a shell:
 
 hf-paged eval --dataset examples/data/word_problems.jsonl --template examples/data/few_shot.jinja --max-tokens 96 \
-    --stop '\\n\\n' --out out/gsm8k
+    --stop '\n\n' --out out/gsm8k
 """
 
 import re

@@ -113,6 +113,9 @@ def test_rows_that_fail_are_written_and_counted_and_the_others_are_as_ever(run, 
     summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
     assert (summary["rows"], summary["failed"], summary["finished"]) == (40, 3, True)
     assert sum(summary["errors"].values()) == 3
+    run("bad", bad)
+    summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
+    assert (summary["rows"], summary["rows_before"], summary["failed_before"]) == (0, 40, 3)
 
 
 def test_a_long_prompt_is_cut_where_that_is_asked_for(run, tokenizer, text_model):

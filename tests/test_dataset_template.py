@@ -91,7 +91,8 @@ def test_what_can_be_no_template_is_refused(make, message):
 def test_a_template_is_read_from_a_file_less_its_last_newline(tmp_path):
     (tmp_path / "t.jinja").write_text("Q: {{ question }}\nA:\n")
     assert Template.load(str(tmp_path / "t.jinja"))(ROW) == "Q: Why?\nA:"
-    assert Template.load(r"{question}\nA:")(ROW) == "Why?\nA:"
+    assert Template.load(r"{question}\nA:", escapes=True)(ROW) == "Why?\nA:"
+    assert Template.load(r"{question}\nA:")(ROW) == r"Why?\nA:"
 
 
 def test_templates_survive_a_pickle():

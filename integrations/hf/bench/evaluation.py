@@ -133,23 +133,31 @@ def run_eval(
         progress.note(f"pipeline: run {turn + 1} of {repeats}")
         theirs.append(through_pipeline(loaded, few, new_tokens, batch_size))
         progress.done()
-    ids = loaded.tokenizer(few)["input_ids"]
-    load = Workload(tuple(map(tuple, ids)), (new_tokens,) * len(few))
-    mine = statistics.median(len(prompts) / run["seconds"] for run in ours)
-    peer = statistics.median(len(few) / run["seconds"] for run in theirs)
-    first = ours[0]
     return {
         "benchmark": "eval",
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
         "machine": machine(),
-        "requests": len(prompts),
-        "peer_requests": len(few),
-        "prompt_tokens": sum(map(len, ids)) / len(ids),
         "new_tokens": new_tokens,
         "batch_size": batch_size,
         "repeats": repeats,
+    } | figures(loaded, prompts, few, new_tokens, ours, theirs)
+
+
+def figures(
+    loaded: Loaded, prompts: list[str], few: list[str], new_tokens: int, ours: list[dict], theirs: list[dict]
+) -> dict[str, Any]:
+    """What runs over `prompts`, and the pipeline's over `few`, come to."""
+    ids = loaded.tokenizer(few)["input_ids"]
+    load = Workload(tuple(map(tuple, ids)), (new_tokens,) * len(few))
+    mine = statistics.median(len(prompts) / run["seconds"] for run in ours)
+    peer = statistics.median(len(few) / run["seconds"] for run in theirs)
+    first = ours[0]
+    return {
+        "requests": len(prompts),
+        "peer_requests": len(few),
+        "prompt_tokens": sum(map(len, ids)) / len(ids),
         "rows_per_second": mine,
         "peer_rows_per_second": peer,
         "ratio": mine / peer,

@@ -125,7 +125,7 @@ def evaluate(
             model,
             dataset,
             out,
-            template=None if template is None else Template.load(template),
+            template=None if template is None else Template.load(template, escapes=True),
             sampling={name: options[name] for name in SAMPLING} | {"stop": tuple(map(opt.unescaped, stop or ()))},
             draft_model=draft,
             speculation=speculation,
@@ -207,7 +207,8 @@ def lines_of(summary: Summary) -> list[str]:
             f"  {100 * summary.hit_rate:.0f} % of prompt tokens cached{drafts}; {summary.mean_batch:.0f} rows a step; "
             f"KV {summary.kv_peak_bytes / 1e6:.0f} MB at the peak",
         ]
-    if summary.failed:
-        lines.append(f"  {summary.failed} rows failed:")
+    failed = summary.failed + summary.failed_before
+    if failed:
+        lines.append(f"  {failed} rows failed{':' if summary.errors else ', all of them before'}")
         lines += [f"    {count} × {error}" for error, count in summary.errors.items()]
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class OutputDirectory:
     ) -> None:
         if form not in FORMATS:
             raise BadInput(f"format={form!r}: must be one of {', '.join(FORMATS)}")
+        if form == "parquet" and find_spec("pyarrow") is None:
+            raise BadInput("format='parquet' needs pyarrow: pip install 'hf-paged[datasets]'")
         if shard_rows < 1:
             raise BadInput(f"shard_rows={shard_rows}: must be at least 1")
         self.path, self.form, self.shard_rows = Path(path).expanduser(), form, shard_rows

@@ -74,8 +74,8 @@ def generate_dataset(
         model: a model, an `Engine` with a tokenizer, or a folder or hub name.
         dataset: see `open_source`; also `split`, `subset`, `limit` (which may change when a run is resumed).
         out: a directory: new, empty, or of the run that is to be resumed.
-        template: a text over columns, Jinja (`{{ question }}`) or plain (`{question}`); a path to a file with one; or a
-            function of a row that gives a text, messages or token ids. Default: column `prompt`.
+        template: a text over columns, Jinja (`{{ question }}`) or plain (`{question}`); a file with one; or a function
+            of a row that gives a text, messages or token ids. Default: column `prompt`.
         messages: a column with a list of messages for the tokenizer's chat template, instead.
         chat: put the rendered text into the chat template, as a user's turn.
         sampling: `SamplingParams` or some of its fields. Greedy where no temperature is given.
@@ -157,7 +157,9 @@ def as_template(given: Any, messages: str | None) -> Template:
         if messages is not None:
             raise BadInput("give a template or a column of messages, not both")
         return given
-    return Template.load(str(given)) if isinstance(given, Path) else Template(given, messages=messages)
+    if isinstance(given, (str, Path)) and messages is None:
+        return Template.load(str(given))
+    return Template(given, messages=messages)
 
 
 def as_sampling(given: Any, max_tokens: int | None) -> SamplingParams:
@@ -195,9 +197,8 @@ class Run:
     def go(self) -> Summary:
         """Returns: what was done; `finished` is False after Ctrl-C."""
         self.runner.engine.reset_stats()
-        self.account, total, before = Account(), *self._expected()
-        self.sight = Sight(self.runner.engine, total, before)
-        self.failed_before = self.directory.done.failed
+        total, before, self.failed_before = self._expected()
+        self.account, self.sight = Account(), Sight(self.runner.engine, total, before)
         self._tell("begin")
         try:
             with closing(self.runner.batches(self.source.rows(self._wanted))) as batches, _interrupts() as stop:
@@ -207,7 +208,7 @@ class Run:
         summary = summarise(
             str(self.directory.path), self.account, self.runner.engine, self.sight, self.runner.engine_seconds
         )
-        summary.finished = finished
+        summary.finished, summary.failed_before = finished, self.failed_before
         return summary
 
     def _work(self, batches: Iterator[list[dict]], stop: threading.Event) -> bool:
@@ -226,13 +227,11 @@ class Run:
     def _wanted(self, row: int) -> bool:
         return self.directory.shard.mine(row) and row not in self.directory.done
 
-    def _expected(self) -> tuple[int | None, int]:
-        """This process's rows in all, where that is known, and those that are written."""
-        shard, done = self.directory.shard, self.directory.done
-        if self.source.total is None:
-            return None, done.count if shard.world == 1 else 0
-        mine = range(shard.rank, self.source.total, shard.world)
-        return len(mine), sum(row in done for row in mine)
+    def _expected(self) -> tuple[int | None, int, int]:
+        """This process's rows: in all, where that is known, those that are written, and of them those that failed."""
+        shard, total, done = self.directory.shard, self.source.total, self.directory.done
+        mine = range(shard.rank, done.end if total is None else total, shard.world)
+        return None if total is None else len(mine), sum(row in done for row in mine), sum(map(done.failed, mine))
 
     def _tell(self, what: str) -> None:
         failed = self.failed_before + self.account.failed

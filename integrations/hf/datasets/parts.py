@@ -24,10 +24,19 @@ class Done:
 
     def __init__(self) -> None:
         self._flags = bytearray()
-        self.count = self.failed = 0
+        self.count = 0
 
     def __contains__(self, row: int) -> bool:
         return row < len(self._flags) and bool(self._flags[row])
+
+    @property
+    def end(self) -> int:
+        """No row from this one on is written."""
+        return len(self._flags)
+
+    def failed(self, row: int) -> bool:
+        """Whether a row is written with an error."""
+        return row in self and self._flags[row] == 2
 
     def add(self, row: int, failed: bool) -> None:
         """Note a row.
@@ -39,9 +48,8 @@ class Done:
             raise ValueError(f"row {row} is written twice")
         if row >= len(self._flags):
             self._flags.extend(bytes(max(row + 1 - len(self._flags), len(self._flags))))
-        self._flags[row] = 1
+        self._flags[row] = 2 if failed else 1
         self.count += 1
-        self.failed += failed
 
 
 def parts_of(folder: Path, form: str) -> list[Path]:

@@ -136,9 +136,11 @@ def _whole(row: dict[Any, Any]) -> Row:
 
 
 def _parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BadInput(f"{path}: needs pyarrow: pip install 'hf-paged[datasets]'") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:

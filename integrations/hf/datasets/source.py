@@ -97,8 +97,10 @@ def _named(name: str, subset: str | None) -> Any:
         if subset is not None:
             raise BadInput(f"subset={subset}: a file has none; leave it out")
         return [path]
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadInput(f"dataset {name}: needs datasets: pip install 'hf-paged[datasets]'") from error
     try:
         if path.is_dir() and any((path / kind).exists() for kind in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(str(path))

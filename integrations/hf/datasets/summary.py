@@ -15,8 +15,8 @@ class Summary:
 
     Attributes:
         out: the directory. finished: whether all rows are written.
-        rows: rows written by this process now. rows_before: rows that were there (of all processes).
-        failed: of `rows`, those with an error; `errors` counts the most frequent messages.
+        rows: rows written by this process now. rows_before: its rows that were there.
+        failed, failed_before: of these, those with an error; `errors` counts the most frequent messages of `failed`.
         generated_tokens, prompt_tokens, cached_tokens: of `rows`; the last are prompt tokens found in the prefix cache.
         draft_tokens, accepted_tokens: drafts that were verified, and those taken.
         seconds: from the first row to the last. engine_seconds: of these, in the engine's steps.
@@ -45,6 +45,7 @@ class Summary:
     preemptions: int = 0
     kv_peak_bytes: int = 0
     timeline: dict[str, list[float]] = field(default_factory=dict)
+    failed_before: int = 0
 
     @property
     def rows_per_second(self) -> float:

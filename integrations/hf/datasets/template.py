@@ -46,22 +46,25 @@ class Template:
         self._render = self._made()
 
     @classmethod
-    def load(cls, given: str) -> Template:
-        r"""The template in a file of this name (less its last newline), else this text, with newlines for `\n`.
+    def load(cls, given: str, escapes: bool = False) -> Template:
+        r"""The template in a file of this name (less its last newline), else this text.
+
+        Args:
+            escapes: the text comes from a shell: newlines for `\n`.
 
         Raises:
             BadInput: no such file, or no template.
         """
-        path = Path(given).expanduser()
         try:
+            path = Path(given).expanduser()
             found = "\n" not in given and path.is_file()
-        except OSError:  # too long for a name
+        except (OSError, RuntimeError, ValueError):  # a text that cannot be a name
             found = False
         if found:
             return cls(path.read_text(encoding="utf-8").removesuffix("\n"))
         if given.endswith(FILES) and not JINJA.search(given) and not FIELD.search(given):
             raise BadInput(f"template {given}: no such file")
-        return cls(given.replace("\\n", "\n"))
+        return cls(given.replace("\\n", "\n") if escapes else given)
 
     def __call__(self, row: Any) -> str | list[dict] | list[int]:
         """The prompt of a row.
