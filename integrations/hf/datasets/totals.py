@@ -12,7 +12,7 @@ import numpy as np
 from hf_paged.integrations.datasets.summary import SHOWN_ERRORS, Summary
 
 ADDED = (
-    *("rows", "rows_before", "failed", "generated_tokens", "prompt_tokens", "cached_tokens"),
+    *("rows", "rows_before", "failed", "failed_before", "steps", "generated_tokens", "prompt_tokens", "cached_tokens"),
     *("draft_tokens", "accepted_tokens", "peak_batch", "mean_batch", "preemptions", "kv_peak_bytes"),
 )
 SHARES = ("kv_use",)  # of the timeline; the rest of it adds up
