@@ -17,6 +17,7 @@ import torch
 
 from hf_paged.config import CoreSettings, EngineConfig, require
 from hf_paged.integrations.decode_inputs import Layout, batch_bucket, clear, fill, static_plan, width_bucket
+from hf_paged.integrations.inspect import PagedForward
 from hf_paged.kernels import runs_triton
 from hf_paged.plan import PlanRow, StepPlan
 from hf_paged.store import KVStore
@@ -206,7 +207,7 @@ class DecodeStepper:
 
 
 def make_stepper(
-    config: EngineConfig, forward: Callable[[StepPlan], torch.Tensor], store: KVStore, settings: CoreSettings
+    config: EngineConfig, forward: PagedForward, store: KVStore, settings: CoreSettings
 ) -> DecodeStepper | None:
     """What decodes in graphs; None where nothing does.
 
@@ -220,4 +221,4 @@ def make_stepper(
     except Refused as error:
         require(config.cuda_graphs == "auto", "cuda_graphs", config.cuda_graphs, f"{error}; auto or False")
         return None
-    return DecodeStepper(forward, store, settings.max_sequences, settings.max_model_len, config.backend)
+    return DecodeStepper(forward.logits, store, settings.max_sequences, settings.max_model_len, config.backend)

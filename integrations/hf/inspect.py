@@ -120,6 +120,10 @@ class PagedForward:
     def __call__(self, plan) -> torch.Tensor:
         return self.run(plan)
 
+    def logits(self, plan) -> torch.Tensor:
+        """Logits in a dtype that may be the model's own."""
+        return self.run.logits(plan) if isinstance(self.run, LeanForward) else self.run(plan)
+
 
 def _check_windows(config: Any, windows: dict[int, int | None]) -> None:
     """Whether each layer's attention asks for the window that its config has: some leave that to the mask alone."""

@@ -124,9 +124,13 @@ class LeanForward:
         whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim
         return forward if whole and all(layer.plain() for layer in forward.layers) else None
 
-    @torch.no_grad()
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
+        return self.logits(plan).float()
+
+    @torch.no_grad()
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """The same in the model's dtype."""
         if self.blocks is not None and plan.tokens <= FEW and self.blocks.fit():
             return self.blocks(plan)
         self._choose_weights(plan.tokens)
@@ -148,7 +152,7 @@ class LeanForward:
             hidden = ops.add(mixed, layer.attention.o_proj, hidden)
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
             hidden = ops.add(ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
-        return ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted].float()
+        return ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted]
 
     def _products(self, lines: int) -> tuple[TorchLinear, int]:
         """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are

@@ -14,9 +14,7 @@ import triton.language as tl
 from hf_paged.kernels.backends import with_fallback
 from hf_paged.kernels.selection import (
     amount_above,
-    amounts_near,
     gather_above,
-    gone,
     key_of,
     largest,
     least_tie,
@@ -24,6 +22,7 @@ from hf_paged.kernels.selection import (
     noisy,
     nth_key,
     nucleus_key,
+    reach,
     units_of,
     weight_of,
     weight_sum,
@@ -32,24 +31,6 @@ from hf_paged.kernels.selection import (
 )
 
 BLOCK, WARPS = 4096, 16
-
-
-@triton.jit
-def _reach(scores, ids, vocab, temperature, top, total, limit, n, BLOCK: tl.constexpr):
-    """A bound below which top_k (where `n` is over 0), or top_p, keeps nothing; and the units of all tokens."""
-    near = amounts_near(scores, ids, vocab, temperature, top, total, n > 0, BLOCK)
-    bound = top * 0.0 + float("-inf")
-    if n > 0:
-        bound = tl.where(near[3] >= n, top - 16, bound)
-        bound = tl.where(near[2] >= n, top - 8, bound)
-        bound = tl.where(near[1] >= n, top - 3, bound)
-        bound = tl.where(near[0] >= n, top - 1, bound)
-    else:
-        bound = tl.where(gone(near[3], near[4], limit), top - 16, bound)
-        bound = tl.where(gone(near[2], near[4], limit), top - 8, bound)
-        bound = tl.where(gone(near[1], near[4], limit), top - 3, bound)
-        bound = tl.where(gone(near[0], near[4], limit), top - 1, bound)
-    return bound, near[4]
 
 
 @triton.jit(do_not_specialize=["vocab", "rows"])
@@ -95,7 +76,7 @@ def draw_kernel(
         if (n <= 0) & ((limit >= 0) | (min_p > 0)):
             total = weight_sum(scores, ids, vocab, 0, temperature, top, cut, BLOCK)
         if packed > 0:
-            bound, whole = _reach(scores, ids, vocab, temperature, top, total, limit, n, BLOCK)
+            bound, whole = reach(scores, ids, vocab, temperature, top, total, limit, n, BLOCK)
             count = gather_above(scores, ids, vocab, temperature, bound, BLOCK)
             low = key_of(bound).to(tl.int64)
             high = key_of(top).to(tl.int64)
