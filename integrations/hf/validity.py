@@ -106,7 +106,7 @@ def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
     if type(tensor) in (nn.Parameter, torch.Tensor) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return [leaf for part in parts for leaf in _leaves(part)]
+    return [leaf for part in parts if isinstance(part, torch.Tensor) for leaf in _leaves(part)]
 
 
 def _places(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
