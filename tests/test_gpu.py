@@ -83,6 +83,34 @@ def test_engine_alone_equals_in_a_batch(dtype):
             assert alone == together
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_captured_steps_give_the_tokens_of_steps_one_by_one(kind):
+    prompts = [[1 + (7 * i + j) % 90 for j in range(3 + 5 * i)] for i in range(12)]
+    params = [
+        SamplingParams(temperature=(0.0, 1.0)[i % 2], top_p=(1.0, 0.9)[i % 3 == 1], max_tokens=9 + 3 * i, seed=i)
+        for i in range(12)
+    ]
+    made = []
+    for graphs in (False, True):
+        with Engine(make(kind), num_pages=300, max_sequences=7, cuda_graphs=graphs, check=True) as engine:
+            made.append([r.outputs[0].token_ids for r in engine.generate(prompts, params, raise_errors=True)])
+            assert graphs == (engine.stepper is not None)
+            assert engine.stepper is None or (engine.stepper.failure is None and engine.stepper._steps)
+    assert made[0] == made[1]
+
+
+def test_weights_that_are_replaced_are_not_those_that_were_captured():
+    model, params = make("llama"), SamplingParams(temperature=0.0, max_tokens=12)
+    with Engine(model, num_pages=100, cuda_graphs=True) as engine:
+        engine.generate([[5, 6, 7]], params)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.flip(0).contiguous())
+        del weight
+        changed = engine.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+    with Engine(model, num_pages=100, cuda_graphs=False) as engine:
+        assert changed == engine.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+
+
 def test_pool_is_a_fraction_of_free_memory():
     free = torch.cuda.mem_get_info()[0]
     with Engine(make("llama"), memory_fraction=0.02) as engine:
