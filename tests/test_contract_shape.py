@@ -405,8 +405,8 @@ def test_pipeline_with_several_sequences(text_model, tokenizer):
     assert paged == plain and [len(group) for group in paged] == [3, 3]
 
 
-def test_pipeline_with_chats(text_model, tokenizer):
-    tokenizer.chat_template = CHAT
+def test_pipeline_with_chats(text_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     pipe = pipeline("text-generation", model=text_model, tokenizer=tokenizer)
     chats = [[{"role": "user", "content": "What is a list?"}], [{"role": "user", "content": "Sort it, please."}]]
     for given in (chats[0], chats):

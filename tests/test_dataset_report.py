@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from hf_paged.integrations.cli import app
 from hf_paged.integrations.cli.eval import lines_of
 from hf_paged.integrations.datasets import Shard, plot_summary, report
 from hf_paged.integrations.datasets.pool import SLACK, pages_for
+from hf_paged.integrations.datasets.processes import launched
 from hf_paged.integrations.datasets.sight import MOST_SAMPLES, Glance, Sight
 from hf_paged.integrations.datasets.summary import Summary
 from hf_paged.speculation.stats import ProposerStats, SpeculationStats
@@ -106,16 +108,16 @@ def test_the_pool_holds_what_rows_do_not_share():
     assert pages_for([], 100, 32, 16, 64) == 2 * 5
 
 
-def test_processes_share_rows_as_accelerate_says(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    assert Shard.of(None) == Shard(0, 1)
+def test_processes_share_rows_where_accelerate_started_them(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert Shard.of(None) == Shard(0, 1)  # torchrun: processes of one model
+    assert not launched()  # torchrun: processes of one model
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert [row for row in range(9) if Shard.of(None).mine(row)] == [1, 4, 7]
-    assert Shard.of((2, 4)) == Shard(2, 4)
+    assert launched()
+    assert [row for row in range(9) if Shard.of((1, 3)).mine(row)] == [1, 4, 7]
+    assert Shard.of(Shard(2, 4)) == Shard.of((2, 4)) == Shard(2, 4)
 
 
 def test_the_pipelines_answers_are_cut_out_of_its_rows():

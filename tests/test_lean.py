@@ -121,7 +121,7 @@ def test_a_call_for_all_blocks_gives_what_a_call_an_op_does(kind, monkeypatch):
         monkeypatch.setattr(engine.core, "forward", both)
         assert tokens(engine) == alone(model)
         assert min(steps) <= FEW < max(steps)
-        assert run.blocks.fit()
+        assert run.blocks.fit(run)
 
 
 def test_weights_that_do_not_lie_in_lines(monkeypatch):
@@ -132,4 +132,5 @@ def test_weights_that_do_not_lie_in_lines(monkeypatch):
         before = tokens(engine)
         layer.weight.data = layer.weight.data.t().contiguous().t()
         assert tokens(engine) == before
-        assert engine.forward.run.blocks is None or not engine.forward.run.blocks.fit()
+        run = engine.forward.run
+        assert run.blocks is None or not run.blocks.fit(run)

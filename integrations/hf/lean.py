@@ -102,7 +102,7 @@ class LeanForward:
         self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
         # Attention is compiled where what lies between the products is.
-        self.blocks = FewLines(self) if self.few is not None and backend == "auto" else None
+        self.blocks = FewLines() if self.few is not None and backend == "auto" else None
         self.rounds = self.embed.weight.device.type == "cpu"
         self.computed = 0  # tokens, since the weights were looked at last
 
@@ -131,8 +131,8 @@ class LeanForward:
     @torch.no_grad()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The same in the model's dtype."""
-        if self.blocks is not None and plan.tokens <= FEW and self.blocks.fit():
-            return self.blocks(plan)
+        if self.blocks is not None and plan.tokens <= FEW and self.blocks.fit(self):
+            return self.blocks(self, plan)
         self._choose_weights(plan.tokens)
         ops, spare = self._products(plan.tokens)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
