@@ -7,12 +7,15 @@ VENV_OLDEST ?= .venv-5.17
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS ?= transformers==5.17.0
 BIN := $(VENV)/bin
+# Two processes of one thread each: several threads in each would wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1
+PYTEST := -m pytest -q -n 2
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The tests of what depends on the transformers version: all but those of the packaging, the command line and the benchmarks.
-CORE_TESTS = $(filter-out tests/test_packaging.py tests/test_cli.py tests/test_bench.py,$(wildcard tests/test_*.py))
+CORE_TESTS = $(filter-out tests/test_packaging.py tests/test_cli%.py tests/test_bench%.py,$(wildcard tests/test_*.py))
 
 .PHONY: help demo test test-slow test-long lint wheel-check test-oldest setup clean
 help:
@@ -29,14 +32,14 @@ demo: $(VENV)/.ready
 	$(BIN)/hf-paged demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not long"
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow and not long"
 
 # pytest ends with 5 where no test is marked slow: not a failure here.
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "slow and not long" || test $$? -eq 5
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "slow and not long" || test $$? -eq 5
 
 test-long: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m long
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m long
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -46,7 +49,7 @@ wheel-check: $(VENV)/.ready
 	TORCH="$(TORCH)" .ci/wheel-check $(BIN)/python
 
 test-oldest: $(VENV_OLDEST)/.ready
-	$(VENV_OLDEST)/bin/python -m pytest -q -m "not slow and not long" -p no:cacheprovider $(CORE_TESTS)
+	$(ONE_THREAD) $(VENV_OLDEST)/bin/python $(PYTEST) -m "not slow and not long" -p no:cacheprovider $(CORE_TESTS)
 
 setup: $(VENV)/.ready
 
