@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class FewLines:
     """What `LeanForward` does for a few lines, its blocks in one compiled call.
 
-    It is given the forward every time, whose `layers` may be cut short: two that held each other would outlive the model.
+    The forward is given every time, its `layers` may be cut short; two that held each other would outlive the model.
     """
 
     def __init__(self) -> None:

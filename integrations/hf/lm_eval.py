@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ SAMPLING = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_comple
 SAMPLING |= {"temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"}
 ALL = 1 << 40
 SLICE = 4096  # requests that are tokenised, and queued, at a time
+
+
+MOST_ON_CPU = 2048  # tokens of a step: nobody waits for single tokens here
 
 
 class StopWhere(StoppingCriteria):
@@ -75,6 +79,8 @@ class PagedLM(HFLM):
         self._shown: tqdm | None = None  # the bar of the call that runs
         self._together = False  # whether generation runs as one batch
         super().__init__(pretrained, **settings)
+        if self.device.type == "cpu" and self.engine_config.max_batch_tokens is None:
+            self.engine_config = replace(self.engine_config, max_batch_tokens=MOST_ON_CPU)
         if self.backend != "causal":
             raise ValueError(f"model type {NAME} runs causal models only: use --model hf")
         if self.softmax_dtype not in (None, torch.float32):
