@@ -199,6 +199,8 @@ class EngineCore:
             self.roster.recover(self.settings.max_sequences)
             self.drafting.tidy()
             raise
+        # The second of two pages with the same tokens was given up, whatever it holds.
+        self.store.scrub(self.memory.take_replaced())
         result.finished = self.roster.collect()
         seconds = time.perf_counter() - begun
         self.recorder.step_seconds += seconds
@@ -321,6 +323,8 @@ class EngineCore:
         if drawings:
             draw(drawings, logits, partial(self._take, result))
         if drafts:
+            for row in [drawing.row for drawing in drawings if drawing.spoilt]:
+                self._compute_again(row)
             self.drafting.settle(work, drawings, logits)
         for drawing in drawings:
             if drawing.row.finish_reason and drawing.row.sequence is not None:
@@ -350,6 +354,13 @@ class EngineCore:
             raise
         result.tokens.append((row, row.tokens[-1]))
         return not finished
+
+    def _compute_again(self, row: Row) -> None:
+        """A draft whose numbers are not finite may spoil those of tokens beside it: the request goes on without."""
+        self.drafting.ended(row)
+        row.request.speculator = None
+        if row.sequence is not None:
+            self.roster.preempt(row, good=False)
 
     def _finish_scored(self, row: Row, error: Exception | None) -> None:
         """End a row that has all its scores, or fails."""

@@ -180,6 +180,13 @@ class Memory:
         if sequence.node is not None:
             self.prefixes.extend(sequence)
 
+    def take_replaced(self) -> list[int]:
+        """Free pages that `commit` gave up for others since the last call; they may hold anything."""
+        if self.prefixes is None or not self.prefixes.replaced:
+            return []
+        replaced, self.prefixes.replaced = self.prefixes.replaced, []
+        return [page for page in replaced if not self.pool.count(page)]
+
     def rollback(self, sequence: Sequence, length: int) -> None:
         """Forget stored KV from token `length` on and release the pages behind it. Copies nothing."""
         self._require_open(sequence)

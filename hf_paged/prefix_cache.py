@@ -47,6 +47,8 @@ class PrefixCache:
     Attributes:
         tree: what is known.
         evictions: pages given up to make room, since the start.
+        replaced: pages that sequences gave up for the tree's with the same tokens. What is in them is not known to be
+            good: who takes this list wipes them before they are used again.
         leaving: called with the node and its page before an idle page is given up, while its KV is still there.
     """
 
@@ -54,6 +56,7 @@ class PrefixCache:
         self.pool, self.page_size = pool, page_size
         self.tree = RadixTree(page_size)
         self.evictions = 0
+        self.replaced: list[int] = []
         self.leaving: Callable[[Node], None] | None = None
         self._changing = False  # True in the middle of a change, and after an exception in there
 
@@ -107,6 +110,7 @@ class PrefixCache:
             if node.page != sequence.pages[at]:
                 self.pool.share(node.page)
                 self.pool.release(sequence.pages[at])
+                self.replaced.append(sequence.pages[at])
                 sequence.pages[at] = node.page
         self.enter(sequence, node)
         self._changing = False

@@ -100,9 +100,13 @@ class Roster:
         row.sequence = self.memory.fork(row.request.rows[0].sequence, row.tokens)
         self.running[row] = None
 
-    def preempt(self, row: Row) -> None:
-        """A running row gives up its pages and waits; it will compute its tokens' KV again."""
-        self._release(row)
+    def preempt(self, row: Row, good: bool = True) -> None:
+        """A running row gives up its pages and waits; it will compute its tokens' KV again.
+
+        Args:
+            good: whether its KV may be kept for others.
+        """
+        self._release(row, good)
         self._wait(row)
 
     def shed(self, most: int) -> None:
@@ -118,7 +122,7 @@ class Roster:
         if request.finished and not request.ended and all(other.sequence is None for other in request.rows):
             self._report(request)
 
-    def _release(self, row: Row) -> None:
+    def _release(self, row: Row, good: bool = True) -> None:
         """Take a row's pages, of which the prefix cache keeps what is good.
 
         Zeros go where numbers may not be finite. Those of a row that is `proven` are.
@@ -126,7 +130,7 @@ class Roster:
         self.running.pop(row, None)
         sequence, row.sequence = row.sequence, None
         if sequence is not None:
-            good = row.request.error is None
+            good = good and row.request.error is None
             if good and not row.proven:
                 good = self.store.finite(sequence.pages)
             freed = self.memory.close(sequence, keep=good)

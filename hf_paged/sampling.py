@@ -25,6 +25,10 @@ class SamplingError(RuntimeError):
     """No token can be drawn from a row's logits or scores."""
 
 
+class NotFinite(SamplingError):
+    """They are NaN or infinite."""
+
+
 @dataclass(slots=True)
 class SamplingRow:
     """One token to draw. Only read here; may be kept and updated from step to step.
@@ -135,9 +139,9 @@ def _find_raw_errors(logits: torch.Tensor, errors: list[Exception | None]) -> No
 def _no_token(top: float, what: str) -> SamplingError:
     """Why nothing can be drawn from numbers whose largest is `top`, which is not finite."""
     if math.isnan(top):
-        return SamplingError(f"{what} hold NaN")
+        return NotFinite(f"{what} hold NaN")
     if top > 0:
-        return SamplingError(f"{what} hold +inf")
+        return NotFinite(f"{what} hold +inf")
     return SamplingError(f"no token is allowed: {what} are all -inf")
 
 

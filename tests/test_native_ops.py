@@ -1,6 +1,8 @@
 """Compiled draws and products of few lines, against torch's."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,19 @@ from hf_paged.sampling import SamplingRow
 from hf_paged.speculation import choose as choosing
 
 pytestmark = pytest.mark.skipif(sampling_ops() is None, reason="no C compiler: nothing is compiled")
+
+
+def test_another_openmp_in_the_process_is_no_hindrance(tmp_path):
+    """scikit-learn, which transformers imports, brings a copy of its own."""
+    code = """
+import ctypes, shutil, sys
+from hf_paged.kernels.native import _openmp_of_torch, native_status
+own = _openmp_of_torch()
+ctypes.CDLL(shutil.copy(own, sys.argv[1]))
+assert _openmp_of_torch() == own
+assert native_status()[0] is not None, native_status()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "libgomp-copy.so.1")], check=True)
 
 
 @settings(max_examples=150, deadline=None)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import prompts_of, tiny_llama
-from engine_helpers import POISON, VOCAB, prompts, run, toy_core, toy_scores
+from engine_helpers import POISON, VOCAB, assert_finite, prompts, run, toy_core, toy_scores
 
 from hf_paged import Engine, SamplingParams
 from hf_paged.integrations.scoring import ScoringRun
@@ -299,6 +299,14 @@ def test_poisoned_tokens_spoil_nothing_in_the_core():
     run(core)
     assert isinstance(bad.error, ScoringError) and good.error is None
     assert scoring.logprobs == pytest.approx(toy_scores(text, scoring), abs=1e-5)
+
+
+def test_pages_given_up_for_equal_ones_are_wiped():
+    core = toy_core(page_size=1, prefix_caching=True)
+    twins = [core.submit_scoring([POISON], Scoring(1, (0,)), NOTHING) for _ in range(2)]
+    run(core)  # looks for numbers that are not finite after every step
+    assert all(isinstance(request.error, ScoringError) for request in twins)
+    assert_finite(core)
 
 
 def test_stopping_half_way_frees_everything(model):

@@ -216,14 +216,19 @@ def test_an_interrupt_in_the_middle_of_drafting(model, draft):
         assert tokens(engine, prompts, params) == wanted
 
 
-def test_drafts_that_poison_are_wiped_out(model):
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_drafts_that_poison_are_wiped_out(model, backend, prefix_caching, monkeypatch):
     """A draft token that makes the model's numbers infinite harms nobody, since it is not taken."""
     poisoned = copy.deepcopy(model)
     poisoned.model.embed_tokens.weight.data[22] = float("inf")
     prompts = [[t for t in p if t != 22] + [3] for p in requests()[0]]
     params = [SamplingParams(max_tokens=20, temperature=0.0, logit_bias={22: -100.0}) for _ in prompts]
     wanted = tokens(engine_of(poisoned), prompts, params)
-    with engine_of(poisoned, None, "lookup") as engine:
+    settings = {"backend": backend, "prefix_caching": prefix_caching}
+    if backend == "torch":
+        monkeypatch.setattr("hf_paged.kernels.torch_path._native", lambda *args: None)
+    with engine_of(poisoned, None, "lookup", **settings) as engine:
         speculator = engine.speculator
         texts = speculator._texts_of
         speculator._texts_of = lambda row, depth: [_poison(p) for p in texts(row, depth) if p is not None]

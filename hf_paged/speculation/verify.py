@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_paged.request import Row
-from hf_paged.sampling import SampleResult, SamplingRow, sample
+from hf_paged.sampling import NotFinite, SampleResult, SamplingRow, sample
 from hf_paged.speculation.proposal import Proposal, Verdict
 
 # Appends entry `i` of what was drawn to a row. False: the row ends, or the request failed.
@@ -25,6 +25,7 @@ class Drawing:
         path: drafts that were taken.
         places: entry of what was drawn, by draft, where all were drawn at once.
         ended: whether the row ended on its way.
+        spoilt: whether a number behind one of its tokens was not finite, which a draft may have brought in.
     """
 
     row: Row
@@ -33,6 +34,7 @@ class Drawing:
     path: list[int] = field(default_factory=list)
     places: list[int] | None = None
     ended: bool = False
+    spoilt: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -40,6 +42,9 @@ class Drawing:
 
     def take(self, take: Take, sampled: SampleResult, at: int) -> bool:
         """Tell of a token; whether the row goes on."""
+        if self.proposal is not None and isinstance(sampled.errors[at], NotFinite):
+            self.spoilt = True
+            return False
         self.ended = not take(self.row, sampled, at)
         return not self.ended
 

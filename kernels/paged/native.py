@@ -188,13 +188,15 @@ def native_status() -> tuple[NativeOps | None, str]:
 
 
 def _openmp_of_torch() -> str | None:
-    """Path of the GNU OpenMP library that this process has loaded with torch."""
+    """Path of the GNU OpenMP library that torch runs on. scikit-learn, among others, loads one of its own."""
     try:
         with open("/proc/self/maps") as lines:
             paths = {line.split()[-1] for line in lines if "/libgomp" in line}
     except OSError:
         return None
-    return next(iter(sorted(paths)), None) if len(paths) == 1 else None
+    own = {path for path in paths if Path(path).is_relative_to(Path(torch.__file__).parent)}
+    found = own or paths
+    return found.pop() if len(found) == 1 else None
 
 
 def _compiled(compiler: str) -> Path:
