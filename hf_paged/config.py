@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 BACKENDS = ("auto", "torch", "triton")
+KV_DTYPES = ("auto", "fp8")
 
 
 def require(ok: bool, name: str, value: object, allowed: str, owner: str = "EngineConfig") -> None:
@@ -43,6 +44,8 @@ class EngineConfig:
         disk_cache_bytes: what its files may have together.
         track_optimum: count what a prefix cache without limits would have found (`EngineStats.optimal_tokens`; it keeps
             all tokens ever served).
+        kv_dtype: `auto`: KV in the model's own dtype; `fp8`: in 8 bits (e4m3), half the memory of 16 bits. Keys and
+            values are rounded by up to 1/16 of themselves, so tokens may be others than those of `generate`.
         backend: `auto`, `torch` or `triton` for the attention ops. `auto` takes Triton's where the device has them
             (CUDA, ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
         cuda_graphs: run steps in which all rows decode as CUDA graphs, several at a time, with tokens drawn on the
@@ -62,6 +65,7 @@ class EngineConfig:
     disk_cache: str | os.PathLike | None = None
     disk_cache_bytes: int = 4 << 30
     track_optimum: bool = False
+    kv_dtype: str = "auto"
     backend: str = "auto"
     cuda_graphs: bool | str = "auto"
     check: bool = False
@@ -89,6 +93,7 @@ class EngineConfig:
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         value = self.cuda_graphs
         require(isinstance(value, bool) or value == "auto", "cuda_graphs", value, "True, False or 'auto'")
+        require(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
 
     @classmethod

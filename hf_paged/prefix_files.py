@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from hf_paged.kernels.fp8 import all_finite, raw
 from hf_paged.kv_files import BadFile, layout, pack, read_file, replace_file, require_match
 from hf_paged.store import KVStore
 
@@ -77,7 +78,7 @@ class LoadedPrefixes:
         target = torch.tensor(pages, device=self._store.keys[0].device)
         for ours, theirs in ((self._store.keys, self._keys), (self._store.values, self._values)):
             for tensor, stored in zip(ours, theirs, strict=True):
-                tensor.index_copy_(0, target, stored.index_select(0, source).to(tensor.device))
+                raw(tensor).index_copy_(0, target, raw(stored).index_select(0, source).to(tensor.device))
 
 
 def save(path: str | os.PathLike, entries: Sequence[PrefixPage], store: KVStore, identity: str) -> Path:
@@ -115,7 +116,7 @@ def save(path: str | os.PathLike, entries: Sequence[PrefixPage], store: KVStore,
     empty = empty[:, None, :, None].to(device)
     for name, layers in (("keys", store.keys), ("values", store.values)):
         for i, tensor in enumerate(layers):
-            tensors[f"{name}.{i}"] = tensor.index_select(0, index).masked_fill_(empty, 0).cpu()
+            tensors[f"{name}.{i}"] = raw(tensor).index_select(0, index).masked_fill_(empty, 0).view(store.dtype).cpu()
     metadata = {**layout(store), "identity": identity, "salts": json.dumps(salts)}
     replace_file(path, pack(KIND, tensors, metadata), sync=True)
     return path
@@ -193,7 +194,7 @@ def _kv(tensors: dict[str, torch.Tensor], store: KVStore, count: int) -> tuple[l
             tensor, shape = tensors.get(f"{name}.{i}"), (count, *ours.shape[1:])
             if tensor is None or tensor.dtype != ours.dtype or tensor.shape != shape:
                 raise BadFile(f"it is inconsistent: {name} of layer {i} are missing, or not {ours.dtype} {list(shape)}")
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 raise BadFile(f"it is inconsistent: {name} of layer {i} are not finite")
             out[name].append(tensor)
     return out["keys"], out["values"]

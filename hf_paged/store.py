@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_paged.kernels.fp8 import all_finite, raw, selected
 from hf_paged.memory import PageCopy
 
 
@@ -85,7 +86,7 @@ class KVStore:
             return
         source, target = (torch.tensor(pages, device=self.keys[0].device) for pages in (sources, targets))
         for tensor in (*self.keys, *self.values):
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
+            raw(tensor).index_copy_(0, target, raw(tensor).index_select(0, source))
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy slots (`page * page_size + offset`, int64 `[n]`) in all layers; all are read before any is written."""
@@ -96,7 +97,7 @@ class KVStore:
                 numbers[to[0], :, to[1]] = numbers[at[0], :, at[1]]
             return
         at, to = ([torch.from_numpy(part).to(device) for part in pair] for pair in (at, to))
-        for tensor in (*self.keys, *self.values):
+        for tensor in map(raw, (*self.keys, *self.values)):
             tensor[to[0], :, to[1]] = tensor[at[0], :, at[1]]
 
     def _arrays(self) -> Iterator[np.ndarray]:
@@ -107,7 +108,7 @@ class KVStore:
     def clear(self, slots: np.ndarray) -> None:
         """Write zeros to slots (`page * page_size + offset`, int64 `[n]`)."""
         page, offset = (torch.from_numpy(part).to(self.keys[0].device) for part in divmod(slots, self.page_size))
-        for tensor in (*self.keys, *self.values):
+        for tensor in map(raw, (*self.keys, *self.values)):
             tensor[page, :, offset] = 0
 
     def finite(self, pages: list[int]) -> bool:
@@ -115,12 +116,11 @@ class KVStore:
         if not pages:
             return True
         index = torch.tensor(pages, device=self.keys[0].device)
-        parts = (tensor.index_select(0, index) for tensor in (*self.keys, *self.values))
-        return all(bool(part.isfinite().all()) for part in parts)
+        return all(all_finite(selected(tensor, index)) for tensor in (*self.keys, *self.values))
 
     def scrub(self, pages: list[int]) -> None:
         """Write zeros to `pages`: after a request whose model gave numbers that are not finite."""
         if pages:
             index = torch.tensor(pages, device=self.keys[0].device)
-            for tensor in (*self.keys, *self.values):
+            for tensor in map(raw, (*self.keys, *self.values)):
                 tensor.index_fill_(0, index, 0)

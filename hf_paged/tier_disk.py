@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from hf_paged.kernels.fp8 import all_finite
 from hf_paged.kv_files import TEMPORARY, BadFile, layout, pack, read_file, replace_file, require_match
 from hf_paged.store import KVStore
 from hf_paged.tiers import Tier, page_row, row_elements
@@ -205,7 +206,7 @@ class DiskTier(Tier):
             raise BadFile("it is of another salt, or holds no page")
         if tokens.dtype != torch.int32 or tokens.numpy().tobytes() != found.path:
             raise BadFile("it is of other tokens")
-        if row.dtype != self.store.dtype or row.shape != (row_elements(self.store),) or not row.isfinite().all():
+        if row.dtype != self.store.dtype or row.shape != (row_elements(self.store),) or not all_finite(row):
             raise BadFile("its KV is of another shape or dtype, or not finite")
         return row
 

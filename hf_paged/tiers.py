@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_paged.kernels.fp8 import raw
 from hf_paged.store import KVStore
 
 STAGE_BYTES = 32 << 20  # pages that are copied into the store at once
@@ -178,7 +179,7 @@ def row_elements(store: KVStore) -> int:
 
 def page_row(store: KVStore, page: int) -> torch.Tensor:
     """KV of a page as one row `[elements]` on the store's device: keys of all layers, then values of all layers."""
-    return torch.cat([tensor[page].flatten() for tensor in (*store.keys, *store.values)])
+    return torch.cat([raw(tensor)[page].flatten() for tensor in (*store.keys, *store.values)]).view(store.dtype)
 
 
 def write_rows(store: KVStore, pages: Sequence[int], rows: Sequence[torch.Tensor]) -> None:
@@ -192,5 +193,5 @@ def write_rows(store: KVStore, pages: Sequence[int], rows: Sequence[torch.Tensor
     index, at = torch.tensor(pages, device=device), 0
     for tensor in (*store.keys, *store.values):
         size = tensor[0].numel()
-        tensor.index_copy_(0, index, staged[:, at : at + size].view(len(rows), *tensor.shape[1:]))
+        raw(tensor).index_copy_(0, index, raw(staged)[:, at : at + size].view(len(rows), *tensor.shape[1:]))
         at += size

@@ -365,6 +365,6 @@ def test_the_benchmark_of_kernels():
     sizes = dict(decodes=((2, 40),), sweep=(1, 3), sweep_slots=60, prefill=33, verify=(3, 4, 40))
     small = dict(copy_bytes=1 << 16, matmul=64, layer_bytes=1)
     report = run_kernels(Scale(4, 2, 16, 4, torch.float32, "cpu", 1, **sizes, **small))
-    for part in (*report["decode"], *report["sweep"], report["prefill"], report["verify"]):
+    for part in (*report["decode"], *report["decode_fp8"], *report["sweep"], report["prefill"], report["verify"]):
         assert part["seconds"] > 0 and part["relative_error"] < 1e-5
     show_kernels(report)

@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from hf_paged.integrations.engine import Engine
 from hf_paged.integrations.processors import Criteria, RowPrompt, native_params, pipelines, without_pads
 from hf_paged.integrations.streaming import ColumnStream
+from hf_paged.kernels.fp8 import selected
 from hf_paged.params import SamplingParams
 from hf_paged.request import Request, Row, RowHooks
 from hf_paged.seeds import mix_seed
@@ -167,10 +168,10 @@ class Call:
 
     def _keep_kv(self, row: Row) -> None:
         """Copy a row's keys and values, `[kv_heads, tokens, dim]` a layer, before its pages go."""
-        store, sequence = self.engine.store, row.sequence
+        store, dtype, sequence = self.engine.store, self.engine.facts.dtype, row.sequence
         pages = torch.tensor(sequence.pages, device=self.engine.facts.device)
         self.kv[row] = [
-            tuple(t.index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, : sequence.computed] for t in layer)
+            tuple(selected(t, pages).transpose(0, 1).flatten(1, 2)[:, : sequence.computed].to(dtype) for t in layer)
             for layer in zip(store.keys, store.values, strict=True)
         ]
 

@@ -50,9 +50,9 @@ def check_pages(store: KVStore) -> None:
         Refused: they do not.
     """
     from hf_paged.kernels.launch import head_shape, unsupported
-    from hf_paged.kernels.triton_path import DTYPES
+    from hf_paged.kernels.triton_path import reads
 
-    if store.dtype not in DTYPES:
+    if not reads(store.dtype, store.keys[0].device):
         raise Refused(f"there are no kernels for KV in {store.dtype}")
     for keys, values in zip(store.keys, store.values, strict=True):
         wrong = unsupported(head_shape(keys.shape[1], keys, values))

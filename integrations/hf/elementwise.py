@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_paged.kernels import runs_triton, with_fallback, write_kv
+from hf_paged.kernels.fp8 import FP8
 from hf_paged.kernels.native import NativeOps, native_ops
 from hf_paged.kernels.rows import PagedRows
 
@@ -70,6 +71,9 @@ class NativeElementwise(TorchElementwise):
     def rotate_and_store(
         self, query, key, value, rotation, pages: Pages, slots, rows: PagedRows, norms: Norms = None
     ) -> tuple[torch.Tensor, ...]:
+        if pages[0].dtype != torch.float32:
+            rotation = super().rotation(*rotation)
+            return super().rotate_and_store(query, key, value, rotation, pages, slots, rows, norms)
         query, key = self._heads_normed(query, key, norms)
         self.ops.rotate_and_store(query, key, value, *rotation, *pages, slots)
         return query, key
@@ -110,8 +114,11 @@ class TritonElementwise(TorchElementwise):
     def _fused(self, query, key, value, pages: Pages) -> bool:
         dim = query.shape[-1]
         packed = all(part.stride(2) == 1 and part.stride(1) == dim for part in (query, key, value))
-        alike = key.dtype == pages[0].dtype and value.shape == key.shape
-        return packed and alike and runs_triton(query.device.type, "auto")
+        if not packed or value.shape != key.shape or not runs_triton(query.device.type, "auto"):
+            return False
+        from hf_paged.kernels.triton_path import reads
+
+        return key.dtype == pages[0].dtype or (pages[0].dtype == FP8 and reads(FP8, query.device))
 
 
 def elementwise_backend(weight: torch.Tensor, backend: str) -> TorchElementwise:

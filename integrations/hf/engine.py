@@ -21,7 +21,7 @@ from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forw
 from hf_paged.integrations.parallel import InStep, Team, refuse_files, refuse_tiers
 from hf_paged.integrations.prompts import Prompt, listed, refused
 from hf_paged.integrations.scoring import perplexities, score_all
-from hf_paged.integrations.sizing import core_settings, make_tiers, pool_pages
+from hf_paged.integrations.sizing import core_settings, kv_dtype, make_tiers, pool_pages
 from hf_paged.integrations.summary import TreeSummary, summarise
 from hf_paged.integrations.validity import Validity, identity
 from hf_paged.integrations.vocabularies import Pair, tokenizer_pair
@@ -100,7 +100,7 @@ class Engine:
         layers = list(self.facts.layers)
         pages = pool_pages(config, self.facts)
         pages = pages if self.team is None else self.team.least(pages)
-        self.store = KVStore(layers, pages, config.page_size, self.facts.dtype, self.facts.device)
+        self.store = KVStore(layers, pages, config.page_size, kv_dtype(config, self.facts), self.facts.device)
         self.forward = PagedForward(self._model, self.store, config.backend)
         self.validity = Validity(self._model)
         settings = core_settings(config, self.facts)

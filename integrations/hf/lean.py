@@ -102,7 +102,8 @@ class LeanForward:
         self.few = few_backend(self.embed.weight, backend)
         self.between = elementwise_backend(self.embed.weight, backend)
         # Attention is compiled where what lies between the products is.
-        self.blocks = FewLines() if self.few is not None and backend == "auto" else None
+        compiled = self.few is not None and backend == "auto" and store.dtype == torch.float32
+        self.blocks = FewLines() if compiled else None
         self.rounds = self.embed.weight.device.type == "cpu"
         self.computed = 0  # tokens, since the weights were looked at last
 

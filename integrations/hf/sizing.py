@@ -8,6 +8,7 @@ import torch
 
 from hf_paged.config import CoreSettings, EngineConfig, available_memory, require
 from hf_paged.integrations.inspect import ModelFacts
+from hf_paged.kernels.fp8 import FP8
 from hf_paged.store import KVStore
 from hf_paged.tier_disk import DiskTier
 from hf_paged.tier_host import HostTier
@@ -17,11 +18,16 @@ from hf_paged.tiers import Tier
 LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
+def kv_dtype(config: EngineConfig, facts: ModelFacts) -> torch.dtype:
+    """Of the numbers in the pool's pages."""
+    return FP8 if config.kv_dtype == "fp8" else facts.dtype
+
+
 def pool_pages(config: EngineConfig, facts: ModelFacts) -> int:
     """Pages of the pool: as asked, or what the memory fraction holds."""
     if config.num_pages is not None:
         return config.num_pages
-    page = KVStore.page_bytes(list(facts.layers), config.page_size, facts.dtype)
+    page = KVStore.page_bytes(list(facts.layers), config.page_size, kv_dtype(config, facts))
     if facts.device.type == "cuda":
         free, fraction = torch.cuda.mem_get_info(facts.device)[0], config.memory_fraction or 0.8
     else:

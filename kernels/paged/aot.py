@@ -25,7 +25,7 @@ from hf_paged.kernels.decode import decode_constants, decode_kernel
 from hf_paged.kernels.draw import BLOCK, WARPS, draw_kernel
 from hf_paged.kernels.extend import extend_constants, extend_kernel
 from hf_paged.kernels.gate import GATE_BLOCK, gate_kernel
-from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config
+from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config, reads_fp8
 from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
 from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
 from hf_paged.kernels.rotate import rotate_constants, rotate_kernel
@@ -37,12 +37,13 @@ TARGETS = {
     "sm_100": Target("cuda", "sm_100", 148),
     "gfx942": Target("hip", "gfx942", 304),
 }
-# Arguments that are no constants, by kernel: `T` is the model's dtype; `/16` says that it is a multiple of 16.
+# Arguments that are no constants, by kernel: `T` is the model's dtype, `P` that of the pages; `/16` says that
+# it is a multiple of 16.
 _TILES = "scale:fp32 cap:fp32 stride_token:i32/16 stride_head:i32/16"
 ARGUMENTS = {
-    "decode": "query:*T key_pages:*T value_pages:*T table:*i32 context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
+    "decode": "query:*T key_pages:*P value_pages:*P table:*i32 context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
     "rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
-    "extend": "query:*T key_pages:*T value_pages:*T table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
+    "extend": "query:*T key_pages:*P value_pages:*P table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
     "stats:*fp32 width:i32 window:i32 " + _TILES,
     "reduce": "parts:*fp32 stats:*fp32 lines:*i32 sinks:*T out:*T splits:i32 window:i32",
     "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
@@ -51,8 +52,8 @@ ARGUMENTS = {
     "gate": "gate:*T up:*T out:*T size:i32",
     "rms_norm": "x:*T weight:*T out:*T stride:i32 eps:fp32",
     "rotate": "query:*T key:*T value:*T query_weight:*T key_weight:*T cosines:*T sines:*T slots:*i64 new_query:*T "
-    "new_key:*T key_pages:*T value_pages:*T query_token:i32 key_token:i32 value_token:i32 query_eps:fp32 key_eps:fp32",
-    "write": "key:*T value:*T key_pages:*T value_pages:*T slots:*i64 key_token:i32/16 key_head:i32/16 "
+    "new_key:*T key_pages:*P value_pages:*P query_token:i32 key_token:i32 value_token:i32 query_eps:fp32 key_eps:fp32",
+    "write": "key:*T value:*T key_pages:*P value_pages:*P slots:*i64 key_token:i32/16 key_head:i32/16 "
     "value_token:i32/16 value_head:i32/16",
 }
 KERNELS = {
@@ -70,13 +71,15 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is compiled: `constants` as sorted pairs, `dtype` `bf16`, `fp16` or `fp32`."""
+    """One kernel as it is compiled: `constants` as sorted pairs, `dtype` `bf16`, `fp16` or `fp32`, `pages` the same or
+    `fp8e4nv`."""
 
     kernel: str
     dtype: str
     constants: tuple[tuple[str, Any], ...]
     warps: int
     stages: int
+    pages: str
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     """All kernels that this shape takes on a card: plain, and with everything that can be asked for."""
     dtype = "bf16" if shape.itemsize == 2 else "fp32"
 
-    def made(kernel: str, constants: dict, warps: int = 4, stages: int = 3) -> Variant:
-        return Variant(kernel, dtype, tuple(sorted(constants.items())), warps, stages)
+    def made(kernel: str, constants: dict, warps: int = 4, stages: int = 3, pages: str = dtype) -> Variant:
+        return Variant(kernel, dtype, tuple(sorted(constants.items())), warps, stages, pages)
 
     config = decode_config(shape, target)
     configs = {few: extend_config(shape, target, few) for few in (True, False)}
@@ -112,6 +115,16 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
             yield made("extend", constants, chosen.warps, chosen.stages)
             yield made("reduce", reduce_constants(shape, chosen, decode=False, **options))
     yield made("write", write_constants(shape))
+    if shape.itemsize == 2 and reads_fp8(target):
+        options = dict(windowed=False, capped=False, sinks=False)
+        at = config.warps, config.stages, "fp8e4nv"
+        yield made("decode", decode_constants(shape, config, **options), *at)
+        for few, chosen in configs.items():
+            constants = extend_constants(shape, chosen, tree=few, **options)
+            yield made("extend", constants, chosen.warps, chosen.stages, at[-1])
+        yield made("write", write_constants(shape), pages=at[-1])
+        if shape.key_dim == shape.value_dim:
+            yield made("rotate", rotate_constants(shape, True), 1, pages=at[-1])
     yield made("draw", {"BLOCK": BLOCK}, WARPS)
     yield made("advance", {"PAGE_SIZE": shape.page_size, "BLOCK": 256})
     yield made("gate", {"BLOCK": GATE_BLOCK})
@@ -129,7 +142,7 @@ def _source(variant: Variant) -> ASTSource:
         kind = arguments.get(name, "constexpr")
         if kind.startswith("*") or kind.endswith("/16"):
             attributes[(place,)] = [["tt.divisibility", 16]]
-        signature[name] = kind.removesuffix("/16").replace("T", variant.dtype)
+        signature[name] = kind.removesuffix("/16").replace("T", variant.dtype).replace("P", variant.pages)
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_paged.kernels.fp8 import selected
 from hf_paged.kernels.rows import PagedRows
 
 
@@ -54,7 +55,7 @@ class DecodeIndex:
         """The pages to read, without a copy where they are one span."""
         if self.gather is None:
             return pages[self.first : self.last]
-        return pages.index_select(0, self.gather)
+        return selected(pages, self.gather)
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum `[pages, n]` over the pages of each row: `[rows, n]`. (A bag sum is much faster than `index_add_`.)"""

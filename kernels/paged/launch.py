@@ -71,6 +71,11 @@ class TileConfig:
     precision: str = "ieee"
 
 
+def reads_fp8(target: Target) -> bool:
+    """Whether the kernels take KV in e4m3 there: NVIDIA's cards convert it from sm_89 on."""
+    return target.backend == "cuda" and int(target.arch[3:]) >= 89
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
@@ -81,10 +86,15 @@ def padded(dim: int) -> int:
     return max(16, power_of_two(dim))
 
 
-def head_shape(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> HeadShape:
-    """Shape of the attention of `heads` query heads over a layer's pages."""
+def head_shape(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor, itemsize: int = 0) -> HeadShape:
+    """Shape of the attention of `heads` query heads over a layer's pages.
+
+    Args:
+        itemsize: of the query, as which keys and values are computed with. Default: that of the pages.
+    """
     _, kv_heads, size, key_dim = key_pages.shape
-    return HeadShape(heads // kv_heads, kv_heads, key_dim, value_pages.shape[-1], key_pages.element_size(), size)
+    itemsize = itemsize or key_pages.element_size()
+    return HeadShape(heads // kv_heads, kv_heads, key_dim, value_pages.shape[-1], itemsize, size)
 
 
 def tile_constants(shape: HeadShape, config: TileConfig) -> dict:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from hf_paged.kernels.launch import HeadShape, padded
+from hf_paged.kernels.write_triton import as_stored
 
 
 @triton.jit
@@ -61,11 +62,13 @@ def rotate_kernel(
         slot = tl.load(slots + token)
         stored = d < (DIM // 2) * (slot >= 0).to(tl.int32)
         line = ((slot // PAGE_SIZE * KV_HEADS + own) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + d
-        tl.store(key_pages + line, low, mask=stored)
-        tl.store(key_pages + line + DIM // 2, high, mask=stored)
+        tl.store(key_pages + line, as_stored(low, key_pages), mask=stored)
+        tl.store(key_pages + line + DIM // 2, as_stored(high, key_pages), mask=stored)
         new_value = value + token * value_token + own * DIM + d
-        tl.store(value_pages + line, tl.load(new_value, mask=stored), mask=stored)
-        tl.store(value_pages + line + DIM // 2, tl.load(new_value + DIM // 2, mask=stored), mask=stored)
+        low = tl.load(new_value, mask=stored)
+        high = tl.load(new_value + DIM // 2, mask=stored)
+        tl.store(value_pages + line, as_stored(low, value_pages), mask=stored)
+        tl.store(value_pages + line + DIM // 2, as_stored(high, value_pages), mask=stored)
 
 
 def rotate_and_store(

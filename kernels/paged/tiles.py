@@ -105,7 +105,7 @@ def attend(
         else:
             key = tl.load(key_at, mask=(d < KEY_DIM)[:, None], other=0.0)
             value = tl.load(value_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
-        scores = tl.dot(query, key, input_precision=PRECISION)
+        scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
         factor = scale  # taken in where scores are used: a product and a difference are one instruction
         if CAPPED:
             scores = softcapped(scores * scale, cap)
@@ -119,6 +119,7 @@ def attend(
         weights = tl.exp2(scores * factor - around[:, None])
         fade = tl.exp2(most - around)
         total = total * fade + tl.sum(weights, 1)
+        value = value.to(query.dtype)
         acc = tl.dot(weights.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
         most = peak
     return acc, most, total

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_paged.kernels.decode_index import DecodeIndex, build_decode_index
+from hf_paged.kernels.fp8 import selected
 from hf_paged.kernels.groups import build_groups
 from hf_paged.kernels.native import GroupedStep, NativeOps, native_ops
 from hf_paged.kernels.rows import ALL, PagedRows, TreeMask
@@ -23,6 +24,8 @@ def paged_attention(
     query, key_pages, value_pages, rows: PagedRows, *, scale, window=None, softcap=None, sinks=None, fresh=None
 ) -> torch.Tensor:
     """See `hf_paged.kernels.paged_attention`."""
+    if key_pages.dtype != query.dtype:
+        fresh = None  # pages hold less of it, and what a row reads must not depend on how it is cut into steps
     native, n = _native(query, key_pages, rows), rows.num_decodes
     if native is not None:
         step = grouped_step(rows, window)
@@ -46,7 +49,7 @@ def paged_attention(
         if fresh is not None and context == end - start:
             key, value = (t[start:end].transpose(0, 1) for t in fresh)
         else:
-            key, value = (_gather(pages, rows, row, context) for pages in (key_pages, value_pages))
+            key, value = (_gather(pages, rows, row, context).to(query.dtype) for pages in (key_pages, value_pages))
         tree = None if rows.tree is None else _part(rows.tree, start, end)
         out[start:end] = _extend(query[start:end], key, value, scale, window, softcap, sinks, tree)
     return out
@@ -97,7 +100,7 @@ def _decode(query, key_pages, value_pages, rows, scale, window, softcap, sinks) 
     index: DecodeIndex = rows.derived(("decode", window), lambda: build_decode_index(rows, window, query.device))
     n, heads, dim = query.shape
     kv_heads, size = key_pages.shape[1], rows.page_size
-    keys, values = index.select(key_pages), index.select(value_pages)
+    keys, values = (index.select(pages).to(query.dtype) for pages in (key_pages, value_pages))
     pages = keys.shape[0]
     query = (query * scale).reshape(n, -1).index_select(0, index.owner).view(pages * kv_heads, heads // kv_heads, dim)
     scores = torch.bmm(query, keys.reshape(pages * kv_heads, size, dim).transpose(1, 2)).view(pages, heads * size)
@@ -130,7 +133,7 @@ def _gather(pages: torch.Tensor, rows: PagedRows, row: int, context: int) -> tor
     def index() -> torch.Tensor:
         return torch.from_numpy(rows.page_table[row, : -(-context // rows.page_size)]).to(pages.device)
 
-    taken = pages.index_select(0, rows.derived(("pages", row), index))
+    taken = selected(pages, rows.derived(("pages", row), index))
     return taken.transpose(0, 1).reshape(pages.shape[1], -1, pages.shape[-1])[:, :context]
 
 

@@ -9,7 +9,16 @@ import torch
 
 from hf_paged.kernels.decode import decode
 from hf_paged.kernels.extend import extend
-from hf_paged.kernels.launch import Target, decode_config, extend_config, few_lines, head_shape, unsupported
+from hf_paged.kernels.fp8 import FP8
+from hf_paged.kernels.launch import (
+    Target,
+    decode_config,
+    extend_config,
+    few_lines,
+    head_shape,
+    reads_fp8,
+    unsupported,
+)
 from hf_paged.kernels.rows import ALL, PagedRows
 from hf_paged.kernels.seen import Seen, build_seen
 from hf_paged.kernels.worklist import StepTensors, step_tensors, work_list
@@ -32,10 +41,15 @@ def target_of(device: torch.device) -> Target:
     return INTERPRETED
 
 
+def reads(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels take pages of such numbers."""
+    return reads_fp8(target_of(device)) if dtype == FP8 else dtype in DTYPES
+
+
 def serves(heads: int, key_pages: torch.Tensor, value_pages: torch.Tensor) -> bool:
     """Whether the kernels take such pages under so many query heads."""
-    floats = key_pages.dtype == value_pages.dtype and key_pages.dtype in DTYPES
-    return floats and unsupported(head_shape(heads, key_pages, value_pages)) is None
+    alike = key_pages.dtype == value_pages.dtype and reads(key_pages.dtype, key_pages.device)
+    return alike and unsupported(head_shape(heads, key_pages, value_pages)) is None
 
 
 def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scale: float = 1.0) -> None:
@@ -46,7 +60,7 @@ def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tenso
     """
     _require(scale > 0, "scale", scale, "a number over 0")
     heads, dim = query.shape[1:]
-    _require(query.dtype == key_pages.dtype, "query.dtype", query.dtype, f"that of the pages, {key_pages.dtype}")
+    _require_dtype("query.dtype", query.dtype, key_pages.dtype)
     _require(dim == key_pages.shape[-1], "query's head_dim", dim, f"that of the keys, {key_pages.shape[-1]}")
     kv_heads = key_pages.shape[1]
     _require(heads % kv_heads == 0, "query's heads", heads, f"a multiple of the {kv_heads} KV heads")
@@ -57,9 +71,17 @@ def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tenso
 def check_new(key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor) -> None:
     """The same for new keys and values."""
     check(key, key_pages, value_pages)
-    _require(value.dtype == value_pages.dtype, "value.dtype", value.dtype, f"that of the pages, {value_pages.dtype}")
+    _require_dtype("value.dtype", value.dtype, value_pages.dtype)
     wanted = (*key.shape[:2], value_pages.shape[-1])
     _require(value.shape == wanted, "value.shape", tuple(value.shape), f"{wanted}")
+
+
+def _require_dtype(name: str, dtype: torch.dtype, pages: torch.dtype) -> None:
+    """Numbers to compute with, and those in pages: alike, or any and fp8."""
+    if pages == FP8:
+        _require(dtype in DTYPES, name, dtype, "float32, float16 or bfloat16")
+    else:
+        _require(dtype == pages, name, dtype, f"that of the pages, {pages}")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -82,7 +104,7 @@ def paged_attention(
     tokens, heads, _ = query.shape
     out = query.new_empty(tokens, heads, value_pages.shape[-1])
     step: StepTensors = rows.derived(("step", device), lambda: step_tensors(rows, device))
-    shape, target = head_shape(heads, key_pages, value_pages), target_of(device)
+    shape, target = head_shape(heads, key_pages, value_pages, query.element_size()), target_of(device)
     options = dict(scale=scale, window=window, softcap=softcap, sinks=None if sinks is None else sinks.contiguous())
     if n:
         longest = rows.derived("longest", lambda: int(rows.context_lens[:n].max()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_paged.kernels.fp8 import narrowed, raw
 from hf_paged.kernels.rows import PagedRows
 
 
@@ -22,4 +23,5 @@ def write_kv(
     index = rows.derived(("write", heads), lambda: _positions(rows, heads))
     for new, pages in ((key, key_pages), (value, value_pages)):
         dim = pages.shape[-1]
-        pages.view(-1, dim).index_copy_(0, index, new.reshape(-1, dim))
+        new = narrowed(new.reshape(-1, dim), pages.dtype)
+        raw(pages).view(-1, dim).index_copy_(0, index, raw(new))

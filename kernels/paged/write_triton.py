@@ -10,6 +10,26 @@ from hf_paged.kernels.launch import HeadShape, head_shape, padded, power_of_two
 
 
 @triton.jit
+def as_stored(x, pages):
+    """`x` as `pages` hold it. In fp8 (e4m3, see `fp8.py`) what is too large becomes the largest number; NaN stays.
+
+    Rounded by hand, to nearest, ties to even: cards and Triton's interpreter each do it in a way of their own.
+    """
+    if pages.dtype.element_ty.is_fp8():
+        x = x.to(tl.float32)
+        size = tl.minimum(tl.abs(x), 448.0)
+        bits = size.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+        small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # 2^23: the sum's last bit is worth 1
+        code = tl.where(size < 0.015625, small, normal)
+        code = tl.where(x == x, code, 127) | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
+        stored = code.to(tl.uint8).to(pages.dtype.element_ty, bitcast=True)
+    else:
+        stored = x.to(pages.dtype.element_ty)
+    return stored
+
+
+@triton.jit
 def write_kernel(
     key,
     value,
@@ -41,8 +61,8 @@ def write_kernel(
     values = (head < KV_HEADS)[:, None] & (v < VALUE_DIM)[None, :]
     new_key = tl.load(key + token * key_token + head[:, None] * key_head + d[None, :], mask=keys)
     new_value = tl.load(value + token * value_token + head[:, None] * value_head + v[None, :], mask=values)
-    tl.store(key_pages + line[:, None] * KEY_DIM + d[None, :], new_key, mask=keys)
-    tl.store(value_pages + line[:, None] * VALUE_DIM + v[None, :], new_value, mask=values)
+    tl.store(key_pages + line[:, None] * KEY_DIM + d[None, :], as_stored(new_key, key_pages), mask=keys)
+    tl.store(value_pages + line[:, None] * VALUE_DIM + v[None, :], as_stored(new_value, value_pages), mask=values)
 
 
 def write(

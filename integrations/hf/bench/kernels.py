@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.throughput import Progress
 from hf_paged.kernels import PagedRows, choose_backend, paged_attention
+from hf_paged.kernels.fp8 import FP8, narrowed, selected
 
 DECODES = ((1, 32768), (16, 8192), (64, 4096), (256, 1024))
 SWEEP = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256)  # rows, of together `SWEEP_SLOTS`
@@ -44,11 +45,12 @@ class Scale:
     copy_bytes: int = 1 << 31
     matmul: int = 8192
     layer_bytes: int = 1 << 30  # KV that a timing goes through, at least: more than any cache holds
+    kv_dtype: torch.dtype | None = None  # of the pages; default: `dtype`
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot's keys and values."""
-        return 2 * self.kv_heads * self.dim * self.dtype.itemsize
+        return 2 * self.kv_heads * self.dim * (self.kv_dtype or self.dtype).itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,8 @@ def make_scene(scale: Scale, lens: list[int], contexts: list[int]) -> Scene:
     layers = max(1, -(-scale.layer_bytes // (sum(contexts) * scale.slot_bytes)))
     options = {"dtype": scale.dtype, "device": scale.device}
     shape = (len(pages) + 1, scale.kv_heads, size, scale.dim)
-    made = [(torch.randn(shape, **options), torch.randn(shape, **options)) for _ in range(layers)]
+    stored = scale.kv_dtype or scale.dtype
+    made = [tuple(narrowed(torch.randn(shape, **options), stored) for _ in range(2)) for _ in range(layers)]
     query = torch.randn(int(lengths.sum()), scale.heads, scale.dim, **options)
     return Scene(query, made, rows, scale.dim**-0.5)
 
@@ -209,7 +212,7 @@ def _dense(scene: Scene, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     index = torch.from_numpy(rows.page_table[row, : -(-context // rows.page_size)]).to(scene.query.device)
     parts = []
     for pages in scene.layers[0]:
-        taken = pages.index_select(0, index).transpose(0, 1)
+        taken = selected(pages, index).to(scene.query.dtype).transpose(0, 1)
         parts.append(taken.reshape(pages.shape[1], -1, pages.shape[-1])[:, :context].contiguous())
     return scene.query[start : start + count].transpose(0, 1).contiguous(), *parts
 
@@ -234,10 +237,10 @@ def run_kernels(scale: Scale | None = None, progress: Progress | None = None) ->
     """All of it. A share is of the ceiling that was measured in the same run.
 
     Returns:
-        A report: ceilings, decodes, sweep over rows, prefill, verification.
+        A report: ceilings, decodes (also of KV in fp8), sweep over rows, prefill, verification.
     """
     scale, progress = scale or Scale(), progress or Progress()
-    progress.plan(3 + len(scale.decodes) + len(scale.sweep))
+    progress.plan(3 + 2 * len(scale.decodes) + len(scale.sweep))
 
     def done(note: str, make: Callable[[], Any]) -> Any:
         progress.note(note)
@@ -251,6 +254,8 @@ def run_kernels(scale: Scale | None = None, progress: Progress | None = None) ->
     copy, matmul = found["copy_bytes_per_second"], found["matmul_flops"]
     chosen, why = choose_backend("auto", torch.device(scale.device).type)
     decodes = [done(f"decode {r} × {c}", lambda r=r, c=c: measure_decode(scale, r, c, copy)) for r, c in scale.decodes]
+    narrow = replace(scale, kv_dtype=FP8)
+    fp8 = [done(f"fp8 {r} × {c}", lambda r=r, c=c: measure_decode(narrow, r, c, copy)) for r, c in scale.decodes]
     sweep = [
         done(f"decode {r} rows", lambda r=r: measure_decode(scale, r, math.ceil(scale.sweep_slots / r), copy))
         for r in scale.sweep
@@ -264,6 +269,7 @@ def run_kernels(scale: Scale | None = None, progress: Progress | None = None) ->
         "page_size": scale.page_size,
         "ceilings": found,
         "decode": decodes,
+        "decode_fp8": fp8,
         "sweep": sweep,
         "prefill": done("prefill", lambda: measure_prefill(scale, matmul)),
         "verify": done("verification", lambda: measure_verify(scale)),

@@ -81,6 +81,7 @@ def throughput(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
+    kv_dtype: opt.KvDtype = None,
     backend: opt.Backend = None,
 ) -> None:
     """Many requests at once: tokens a second of hf_paged and of its peers.
@@ -139,6 +140,7 @@ def latency(
     page_size: opt.PageSize = None,
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
+    kv_dtype: opt.KvDtype = None,
     backend: opt.Backend = None,
 ) -> None:
     """One request at a time: time to the first token and for each token after it.
@@ -181,6 +183,7 @@ def memory(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
+    kv_dtype: opt.KvDtype = None,
     backend: opt.Backend = None,
 ) -> None:
     """Peak memory above the model, in a process of its own on the CPU, against the KV that live tokens need."""

@@ -54,13 +54,14 @@ def show_kernels(report: dict[str, Any]) -> None:
     found = report["ceilings"]
     rows = [
         [
-            f"{row['rows']} × {row['context']}",
+            f"{row['rows']} × {row['context']}{kind}",
             f"{row['seconds'] * 1e6:.0f}",
             f"{row['bytes_per_second'] / 1e9:.0f}",
             percent(row["share_of_copy"]),
             f"{row['relative_error']:.1e} ({row['sdpa_relative_error']:.1e})",
         ]
-        for row in (*report["decode"], *report["sweep"])
+        for name, kind in (("decode", ""), ("decode_fp8", " fp8"), ("sweep", ""))
+        for row in report[name]
     ]
     title = f"Decode, {report['backend']}; a copy makes {found['copy_bytes_per_second'] / 1e9:.0f} GB/s"
     table(title, ["rows × slots", "µs", "GB/s", "of a copy", "error (torch's)"], rows)

@@ -98,6 +98,7 @@ ENGINE_SETTINGS = (
     "max_model_len",
     "max_batch_tokens",
     "max_sequences",
+    "kv_dtype",
     "backend",
 )
 

@@ -102,6 +102,7 @@ def evaluate(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
+    kv_dtype: opt.KvDtype = None,
     backend: Backend = None,
     workers: Workers = None,
 ) -> None:

@@ -94,6 +94,7 @@ def generate(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
+    kv_dtype: opt.KvDtype = None,
     backend: opt.Backend = None,
 ) -> None:
     """Answer prompts. With --json each answer is a line of JSON, in the order of the prompts.

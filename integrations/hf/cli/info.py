@@ -23,6 +23,7 @@ def info(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
+    kv_dtype: opt.KvDtype = None,
     backend: opt.Backend = None,
 ) -> None:
     """Versions, the backend chosen and why, and what memory a model's KV may take."""
@@ -57,14 +58,14 @@ def plan(model: str, dtype: str, device: str | None, settings: dict[str, Any]) -
     from hf_paged.config import EngineConfig
     from hf_paged.integrations.bench.models import load
     from hf_paged.integrations.inspect import model_facts
-    from hf_paged.integrations.sizing import pool_pages
+    from hf_paged.integrations.sizing import kv_dtype, pool_pages
     from hf_paged.store import KVStore
 
     quiet_transformers()
     loaded = load(model, dtype, device)
     config = EngineConfig.from_dict(settings)
     facts = model_facts(loaded.model)
-    page_bytes = KVStore.page_bytes(list(facts.layers), config.page_size, facts.dtype)
+    page_bytes = KVStore.page_bytes(list(facts.layers), config.page_size, kv_dtype(config, facts))
     pages = pool_pages(config, facts)
     longest = config.max_model_len or facts.max_positions
     return {

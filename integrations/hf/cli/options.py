@@ -28,6 +28,9 @@ MemoryFraction = Annotated[
 MaxModelLen = Annotated[int | None, typer.Option(help="Tokens a row may have.", rich_help_panel=_panel)]
 MaxBatchTokens = Annotated[int | None, typer.Option(help="Tokens computed in one step.", rich_help_panel=_panel)]
 MaxSequences = Annotated[int | None, typer.Option(help="Rows that run at once.", rich_help_panel=_panel)]
+KvDtype = Annotated[
+    str | None, typer.Option(help="auto (the model's) or fp8 (half the memory).", rich_help_panel=_panel)
+]
 Backend = Annotated[str | None, typer.Option(help="auto, torch or triton.", rich_help_panel=_panel)]
 
 Dataset = Annotated[

@@ -44,6 +44,7 @@ def score(
     max_model_len: opt.MaxModelLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_sequences: opt.MaxSequences = None,
+    kv_dtype: opt.KvDtype = None,
     backend: opt.Backend = None,
 ) -> None:
     """Score the options of each row behind its context; tokens that rows share are computed once.
