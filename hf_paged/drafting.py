@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import replace
+from math import isfinite
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ class Drafting:
         sources, targets, bad, at = [], [], [], 0
         lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
         # A look at all logits at once says for most steps that nothing is wrong.
-        finite = [True] * len(lines) if bool(logits.sum().isfinite()) else logits[lines].sum(1).isfinite().tolist()
+        finite = [True] * len(lines) if isfinite(float(logits.sum())) else logits[lines].sum(1).isfinite().tolist()
         for planned, drawing in judged:
             sequence, first = planned.sequence, planned.span.first + 1
             for node in range(len(drawing.proposal)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +61,7 @@ class KVStore:
         device = torch.device(device)
         self.keys = [self._make(s.kv_heads, s.key_dim, device) for s in layers]
         self.values = [self._make(s.kv_heads, s.value_dim, device) for s in layers]
+        self._as_arrays: list[np.ndarray] | None = None
 
     def _make(self, heads: int, dim: int, device: torch.device) -> torch.Tensor:
         return lazy_zeros((self.num_pages + 1, heads, self.page_size, dim), self.dtype, device)
@@ -91,19 +91,28 @@ class KVStore:
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy slots (`page * page_size + offset`, int64 `[n]`) in all layers; all are read before any is written."""
         device, size = self.keys[0].device, self.page_size
-        at, to = (sources // size, sources % size), (targets // size, targets % size)
-        if device.type == "cpu":
+        if device.type == "cpu":  # a few slots, one by one: arrays as indices would take several times as long
+            at, to = ([divmod(slot, size) for slot in slots.tolist()] for slots in (sources, targets))
             for numbers in self._arrays():
-                numbers[to[0], :, to[1]] = numbers[at[0], :, at[1]]
+                taken = [numbers[page, :, offset].copy() for page, offset in at]
+                for part, (page, offset) in zip(taken, to, strict=True):
+                    numbers[page, :, offset] = part
             return
+        at, to = (sources // size, sources % size), (targets // size, targets % size)
         at, to = ([torch.from_numpy(part).to(device) for part in pair] for pair in (at, to))
         for tensor in map(raw, (*self.keys, *self.values)):
             tensor[to[0], :, to[1]] = tensor[at[0], :, at[1]]
 
-    def _arrays(self) -> Iterator[np.ndarray]:
+    def _arrays(self) -> list[np.ndarray]:
         """All tensors of a store on a CPU, as numpy has them: it takes a tenth of torch's time to index a few slots."""
-        for tensor in (*self.keys, *self.values):
-            yield tensor.view(BITS[tensor.element_size()]).numpy()
+        if self._as_arrays is None:
+            tensors = (*self.keys, *self.values)
+            self._as_arrays = [tensor.view(BITS[tensor.element_size()]).numpy() for tensor in tensors]
+        return self._as_arrays
+
+    def release(self) -> None:
+        """Give the memory back: there are no pages any more."""
+        self.keys, self.values, self._as_arrays = [], [], None
 
     def clear(self, slots: np.ndarray) -> None:
         """Write zeros to slots (`page * page_size + offset`, int64 `[n]`)."""

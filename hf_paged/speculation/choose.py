@@ -39,7 +39,8 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tup
     width = min(width, scores.shape[1])
     ops = filters.compiled(scores)
     if ops is not None:
-        return ops.likely(scores, width, *_given(rows, scores.device).arrays())
+        given = filters.draw_arrays([(row.params, row.seed, row.position) for row in rows])
+        return ops.likely(scores, width, *given)
     sampled = [i for i, row in enumerate(rows) if not row.params.greedy]
     if not sampled:
         probs, ids = scores.softmax(dim=1).topk(width, dim=1)

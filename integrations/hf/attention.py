@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
+from hf_paged.integrations.modules import configs_of, modules_of
 from hf_paged.kernels import paged_attention, write_kv
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
@@ -129,7 +130,8 @@ class Evaluation:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.training = [module for module in model.modules() if module.training]
+        self.modules = modules_of(model)
+        self.training = [module for module in self.modules if module.training]
 
     def on(self) -> None:
         for module in self.training:
@@ -158,8 +160,7 @@ class Switch(Evaluation):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-        self.before = [(config, config._attn_implementation_internal) for config in configs]
+        self.before = [(config, config._attn_implementation_internal) for config in configs_of(self.modules)]
 
     def on(self) -> None:
         for config, implementation in self.before:

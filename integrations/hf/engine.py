@@ -382,10 +382,11 @@ class Engine:
                 self.core.cancel(request.request_id)
             if self.stepper is not None:
                 self.stepper.forget()
-            self.store.keys, self.store.values, self._closed = [], [], True
+            self._closed = True
+            self.store.release()
             for _, drafter in self._drafters.values():
                 if drafter.store is not None:
-                    drafter.store.keys, drafter.store.values = [], []
+                    drafter.store.release()
 
     def __enter__(self) -> Engine:
         return self

@@ -16,6 +16,7 @@ from torch import nn
 from hf_paged.integrations.elementwise import elementwise_backend
 from hf_paged.integrations.few import FewLines
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
+from hf_paged.integrations.modules import modules_of, parameters_of
 from hf_paged.kernels import paged_attention
 from hf_paged.kernels.native_products import FEW
 from hf_paged.plan import StepPlan
@@ -116,10 +117,10 @@ class LeanForward:
         outer = _plain(body, "Model") and all(_plain(layer, "DecoderLayer") for layer in body.layers)
         ends = _plain(body.embed_tokens, nn.Embedding) and _plain(model.lm_head, nn.Linear)
         ends = ends and _plain(body.norm, "RMSNorm") and _plain(body.rotary_emb, "RotaryEmbedding")
-        devices = {p.device for p in model.parameters()}
-        dtypes = {p.dtype for p in model.parameters()}
-        made = all(type(p) is nn.Parameter for p in model.parameters())  # not quantised, nor spread over processes
-        if not (outer and ends and made and len(devices) == 1 and len(dtypes) == 1):
+        parameters = parameters_of(modules_of(model))
+        kinds = {(p.device, p.dtype) for p in parameters}
+        made = all(type(p) is nn.Parameter for p in parameters)  # not quantised, nor spread over processes
+        if not (outer and ends and made and len(kinds) == 1):
             return None
         forward = cls(model, store, backend)
         whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_paged.integrations.modules import buffers_of, configs_of, modules_of, parameters_of
 from hf_paged.store import BITS
 
 # Numbers of a weight that are compared at the beginning of a call, and at every step.
@@ -32,14 +33,17 @@ class Fingerprint:
     Attributes:
         structure: modules, their hooks and settings.
         sampled: bytes of the numbers, weight by weight.
+        views: of those that lie on the CPU, for who looks at them again soon; they keep the weights alive.
     """
 
     def __init__(self, model: nn.Module, samples: int = SAMPLES) -> None:
-        self.structure = (_settings(model), tuple(_module_state(module) for module in model.modules()))
-        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
+        modules = modules_of(model)
+        self.structure = (_settings(modules), tuple(map(_module_state, modules)))
+        tensors = [t for t in (*parameters_of(modules), *buffers_of(modules)) if t.device.type != "meta"]
         self.tensors = [weakref.ref(t) for t in tensors]
         self.places = _places(tensors)
-        self.sampled = _read(_numbers(tensors, samples))
+        self.views, copies = _numbers(tensors, samples)
+        self.sampled = _read([*self.views, *copies])
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, Fingerprint) and self.places == other.places
@@ -65,8 +69,7 @@ class Validity:
     def __init__(self, model: Callable[[], nn.Module]) -> None:
         self.model = model
         self.known = Fingerprint(model())
-        self._views: list[np.ndarray] | None = None
-        self._sampled = b""
+        self.rest()
 
     def begin(self) -> bool:
         """Look at the whole model: whether it changed since the last look."""
@@ -76,17 +79,14 @@ class Validity:
 
     def step(self) -> bool:
         """Look at a little of it, between two steps: whether it changed. On CUDA only counted writes are seen."""
-        if self._views is None:
-            self._watch()
         return not self.known.placed_as_before() or _read(self._views) != self._sampled
 
     def rest(self) -> None:
         """Nothing runs: hold on to no weight."""
-        self._views = None
+        self._views, self._sampled, self.known.views = [], b"", []
 
     def _watch(self) -> None:
-        tensors = [tensor for tensor in (ref() for ref in self.known.tensors) if tensor is not None]
-        self._views = _numbers([t for t in tensors if t.device.type == "cpu"], STEP_SAMPLES)
+        self._views = [view[:: max(len(view) // STEP_SAMPLES, 1)] for view in self.known.views]
         self._sampled = _read(self._views)
 
 
@@ -96,7 +96,7 @@ def identity(model: nn.Module) -> str:
     digest = hashlib.sha256(kept.sampled)
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     modules = [(type(module).__name__, _own_settings(vars(module))) for module in model.modules()]
-    digest.update(repr((shapes, modules, _settings(model))).encode())
+    digest.update(repr((shapes, modules, _settings(modules_of(model)))).encode())
     return digest.hexdigest()
 
 
@@ -114,16 +114,17 @@ def _places(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
     return [(v, *(leaf.data_ptr() for leaf in _leaves(t))) for v, t in zip(versions, tensors, strict=True)]
 
 
-def _numbers(tensors: list[torch.Tensor], count: int) -> list[np.ndarray]:
-    """Bits of up to `count` numbers of each, as whole numbers; views on a CPU, one copy a kind from elsewhere."""
+def _numbers(tensors: list[torch.Tensor], count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Bits of up to `count` numbers of each, as whole numbers: views on a CPU, and one copy a kind from elsewhere."""
     views = [_evenly(leaf, count) for tensor in tensors for leaf in _leaves(tensor)]
     host = [view for view in views if view.device.type == "cpu"]
     elsewhere: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for view in views:
         if view.device.type != "cpu":
             elsewhere.setdefault((view.device, view.dtype), []).append(view)
-    host += [torch.cat(parts).cpu() for parts in elsewhere.values()]
-    return [view.view(BITS[view.element_size()]).numpy() for view in host]
+    copies = [torch.cat(parts).cpu() for parts in elsewhere.values()]
+    host, copies = ([view.view(BITS[view.element_size()]).numpy() for view in part] for part in (host, copies))
+    return host, copies
 
 
 def _evenly(tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -140,10 +141,9 @@ def _read(numbers: list[np.ndarray]) -> bytes:
     return np.concatenate(numbers).tobytes() if numbers else b""
 
 
-def _settings(model: nn.Module) -> tuple[str, ...]:
-    """Settings of all configs in the model."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    return tuple(repr(_plain(vars(config))) for config in configs)
+def _settings(modules: list[nn.Module]) -> tuple[str, ...]:
+    """Settings of all their configs."""
+    return tuple(repr(_plain(vars(config))) for config in configs_of(modules))
 
 
 # What says where a model comes from or what `generate` does, not what its KV is.
@@ -154,7 +154,7 @@ OF_EVERY_MODULE = {*vars(nn.Module()), "_is_hf_initialized"}
 
 
 def _plain(settings: dict[str, Any]) -> list[tuple[str, Any]]:
-    return sorted((k, v) for k, v in settings.items() if k not in UNRELATED and isinstance(v, PLAIN))
+    return sorted((k, v) for k, v in settings.items() if k not in UNRELATED and issubclass(type(v), PLAIN))
 
 
 def _module_state(module: nn.Module) -> tuple[Any, ...]:
@@ -165,6 +165,9 @@ def _module_state(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _own_settings(own: dict[str, Any]) -> list[str]:
+    # `isinstance` would ask configs for their class, which takes them long.
     return [
-        f"{name}={value!r}" for name, value in own.items() if name not in OF_EVERY_MODULE and isinstance(value, PLAIN)
+        f"{name}={value!r}"
+        for name, value in own.items()
+        if name not in OF_EVERY_MODULE and issubclass(type(value), PLAIN)
     ]

@@ -35,7 +35,7 @@ class SamplingOps:
         return tokens.tolist(), tops.tolist()
 
     def likely(
-        self, scores: torch.Tensor, width: int, *parameters: torch.Tensor
+        self, scores: torch.Tensor, width: int, *parameters: torch.Tensor | np.ndarray
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The `width` tokens of each row that are likeliest to be drawn, and estimates of their odds, best first.
 

@@ -188,6 +188,28 @@ static int64_t draw_row(scratch *s, const settings *a, int64_t row, int64_t voca
     return largest_noisy(s, vocab, filter(s, a, row, vocab, *top), a->seeds[row], a->positions[row]);
 }
 
+/* As `likely_tokens`, a greedy row: its largest scores, over the sum of all. One pass each. */
+static void likely_greedy(const scratch *s, int64_t vocab, float top, int64_t *ids, float *probs, int64_t width) {
+    entry *best = s->entries;
+    doubles sums = {0};
+    double sum = 0;
+    int64_t n = 0;
+    for (int64_t i = 0; i < vocab; i += LANES) { /* scratch is padded by scores of -infinity */
+        const lanes x = *(lanes *)(s->scores + i);
+        sums += __builtin_convertvector(exp_of_negative(x - top), doubles);
+        if (n == width && !any(x >= best[n - 1].score)) continue;
+        for (int64_t j = i; j < i + LANES; j++) {
+            const entry one = {s->scores[j], j};
+            if (one.score == -INFINITY || (n == width && by_score(&one, best + n - 1) > 0)) continue;
+            int64_t at = n < width ? n++ : n - 1;
+            for (; at && by_score(&one, best + at - 1) < 0; at--) best[at] = best[at - 1];
+            best[at] = one;
+        }
+    }
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    for (int64_t j = 0; j < n; j++) ids[j] = best[j].id, probs[j] = exp((double)best[j].score - top) / sum;
+}
+
 /* As `likely_tokens`, a row. */
 static void likely_row(scratch *s, const settings *a, int64_t row, int64_t vocab, const float *scores, int64_t *ids,
                        float *probs, int64_t width) {
@@ -195,13 +217,13 @@ static void likely_row(scratch *s, const settings *a, int64_t row, int64_t vocab
     const float top = warm(s, scores, vocab, greedy ? 1.0f : a->temperature[row]);
     for (int64_t j = 0; j < width; j++) ids[j] = isfinite(top) ? -1 : 0, probs[j] = isfinite(top) ? 0 : NAN;
     if (!isfinite(top)) return;
-    cut c = nth(s, vocab, top, CANDIDATES);
-    if (!greedy) c = narrower(c, filter(s, a, row, vocab, top));
+    if (greedy) return likely_greedy(s, vocab, top, ids, probs, width);
+    const cut c = narrower(nth(s, vocab, top, CANDIDATES), filter(s, a, row, vocab, top));
     int64_t n = 0;
     double sum = 0;
     for (int64_t i = 0; i < vocab; i++)
         if (kept(c, s->scores[i], i) && s->scores[i] > -INFINITY) s->entries[n++] = (entry){s->scores[i], i};
-    for (int64_t i = 0; i < n && !greedy; i++)
+    for (int64_t i = 0; i < n; i++)
         s->entries[i].score += gumbel_of(philox_word(s->entries[i].id, a->seeds[row], a->positions[row]));
     qsort(s->entries, n, sizeof(entry), by_score);
     for (int64_t i = 0; i < n; i++) sum += exp((double)s->entries[i].score - s->entries[0].score);
@@ -245,7 +267,7 @@ int draw_tokens(int64_t *tokens, float *tops, const float *scores, int64_t line,
 }
 
 /* The `width` tokens [rows, width] most likely to be drawn: those with the largest score + noise of a row's likeliest ones, and
- * the softmax of these sums; a row of a temperature under 1e-5 is greedy: without noise.
+ * the softmax of these sums; of a row of a temperature under 1e-5, which is greedy: the largest scores, and their softmax.
  * Missing ones have the id -1; odds are NaN where the largest score is not finite. */
 int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores, int64_t line, int64_t rows, int64_t vocab,
                   const float *temperature, const float *limit, const float *min_p, const int64_t *top_k, const int64_t *seeds,
