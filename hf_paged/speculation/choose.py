@@ -48,7 +48,9 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tup
         values, ids = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1)
         at = torch.tensor(sampled, device=scores.device)
         values[at] = _with_noise(values[at], ids[at], [rows[i] for i in sampled])
-        probs, place = values.softmax(dim=1).topk(width, dim=1)
+        whole = scores.logsumexp(dim=1)
+        whole[at] = values[at].logsumexp(dim=1)
+        probs, place = (values - whole[:, None]).exp().topk(width, dim=1)
         ids = ids.gather(1, place)
     return ids.tolist(), probs.tolist()
 
