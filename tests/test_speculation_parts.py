@@ -111,10 +111,23 @@ def test_costs_between_measurements():
     for _ in range(3):
         for tokens, seconds in ((1, 1.0), (5, 3.0), (3, 9.0)):
             table.note(tokens, seconds)
-    assert table.seconds(1) == 1 and table.seconds(5) == 3
-    assert table.seconds(3) == 3  # a smaller size never costs more than a larger one
-    assert table.seconds(2) == pytest.approx(2)
-    assert table.seconds(10) == pytest.approx(3 * 1.05)
+    assert table.seconds(1) == 1
+    assert table.seconds(3) == table.seconds(5) == 6  # a smaller size never costs more than a larger one
+    assert table.seconds(2) == pytest.approx(3.5)
+    assert table.seconds(10) == pytest.approx(6 * 1.05)
+
+
+def test_costs_follow_the_pace_of_the_machine():
+    table = CostTable()
+    for _ in range(20):
+        for tokens, seconds in ((1, 1.0), (4, 1.1), (8, 1.5)):
+            table.note(tokens, seconds)
+    for _ in range(60):  # half as fast now, and sizes that are not seen are slower too
+        table.note(4, 2.2)
+    assert [table.seconds(size) for size in (1, 4, 8)] == pytest.approx([2.0, 2.2, 3.0], rel=0.06)
+    for _ in range(60):
+        table.note(1, 1.0)
+    assert [table.seconds(size) for size in (1, 4, 8)] == pytest.approx([1.0, 1.1, 1.5], rel=0.06)
 
 
 @pytest.mark.parametrize("faster", [True, False])

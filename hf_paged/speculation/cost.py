@@ -6,8 +6,9 @@ from bisect import bisect_left
 from collections import deque
 from math import log2
 
-KEPT = 9  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
+KEPT = 15  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
 KNOWN = 3  # measurements of a size before they count: one that stumbled would bar it for good
+FOLLOWS = 0.25  # of what a forward says of the machine's pace
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
 
 
@@ -16,9 +17,15 @@ def _usual(times: deque[float]) -> float:
 
 
 class CostTable:
-    """Seconds of a forward over so many tokens: medians where it was measured, straight lines between."""
+    """Seconds of a forward over so many tokens: medians where it was measured, straight lines between.
+
+    A machine that is shared is quicker at one time than at another, and sizes are not measured at the same times. So
+    what is kept is measured against the table itself: how much slower the machine is now than the table has it follows
+    the latest forwards of any size, and is taken out.
+    """
 
     def __init__(self) -> None:
+        self._pace = 1.0  # seconds now over those of the table
         self._seen: dict[int, tuple[deque[float], int]] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
@@ -33,31 +40,37 @@ class CostTable:
         times, seen = self._seen.get(bucket) or (deque(maxlen=KEPT), 0)
         self._seen[bucket] = times, tokens
         if seen:
-            times.append(seconds)
+            if len(times) >= KNOWN:
+                ratio = seconds / max(self._pace * self._at(tokens), 1e-9)
+                self._pace *= min(max(ratio, 0.5), 2.0) ** FOLLOWS
+            times.append(seconds / self._pace)
             self._notes += 1
             if len(times) < KEPT or self._notes % KEPT == 0:
                 self._settle()
 
     def _settle(self) -> None:
         """Seconds in order of size: medians, but the least of a few. A smaller size never costs more than a larger one:
-        noise that says so is evened out downwards, so that one bad measurement bars nothing for good."""
+        where noise says so, these share a mean (isotonic regression), in which what was measured often counts more."""
         seen = [entry for entry in self._seen.values() if len(entry[0]) >= KNOWN] or self._seen.values()
-        points = sorted((size, _usual(times)) for times, size in seen if times)
-        self._sizes = [size for size, _ in points]
-        least, self._seconds = float("inf"), []
-        for _, seconds in reversed(points):
-            least = min(least, seconds)
-            self._seconds.append(least)
-        self._seconds.reverse()
+        points = sorted((size, _usual(times), len(times)) for times, size in seen if times)
+        self._sizes = [size for size, _, _ in points]
+        runs: list[tuple[float, float, int]] = []  # sum, weight and sizes of those that share a mean
+        for _, seconds, weight in points:
+            runs.append((seconds * weight, weight, 1))
+            while len(runs) > 1 and runs[-2][0] * runs[-1][1] > runs[-1][0] * runs[-2][1]:
+                last = runs.pop()
+                runs[-1] = tuple(a + b for a, b in zip(runs[-1], last, strict=True))
+        self._seconds = [total / weight for total, weight, count in runs for _ in range(count)]
 
     def seconds(self, tokens: float) -> float:
-        """What a forward over `tokens` tokens should take.
+        """What a forward over `tokens` tokens should take now.
 
         Beyond what was measured a token more costs a twentieth of what one did up to there: what is not known is tried.
         """
+        return self._at(tokens) * self._pace if self._sizes and tokens > 0 else 0.0
+
+    def _at(self, tokens: float) -> float:
         sizes, seconds = self._sizes, self._seconds
-        if not sizes or tokens <= 0:
-            return 0.0
         at = bisect_left(sizes, tokens)
         if at < len(sizes) and sizes[at] == tokens:
             return seconds[at]
@@ -70,4 +83,4 @@ class CostTable:
 
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""
-        return list(zip(self._sizes, self._seconds, strict=True))
+        return [(size, seconds * self._pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
