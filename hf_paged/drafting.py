@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import replace
-from math import isfinite
 
 import numpy as np
 import torch
@@ -174,11 +173,16 @@ class Drafting:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
 
-    def settle(self, work: Rows[PlanRow], drawings: Rows[Drawing], logits: torch.Tensor) -> None:
-        """KV of accepted drafts goes to its place and is committed; pages of the others are released."""
+    def settle(self, work: Rows[PlanRow], drawings: Rows[Drawing], logits: torch.Tensor, sound: bool) -> None:
+        """KV of accepted drafts goes to its place and is committed; pages of the others are released.
+
+        Args:
+            sound: whether all logits are finite.
+        """
         planned_of = {planned.row: planned for planned in work}
         judged = [(planned_of[drawing.row], drawing) for drawing in drawings if drawing.proposal is not None]
-        self._clean([(planned, drawing) for planned, drawing in judged if drawing.row.sequence is not None], logits)
+        alive = [(planned, drawing) for planned, drawing in judged if drawing.row.sequence is not None]
+        self._clean(alive, logits, sound)
         for planned, drawing in judged:
             sequence = drawing.row.sequence
             if sequence is None:  # its request failed
@@ -188,14 +192,14 @@ class Drafting:
             accepted = min(len(drawing.path), sequence.pending - 1)
             self.memory.commit(sequence, accepted)
             self.memory.rollback(sequence, sequence.computed)
-            drawing.row.request.speculator.judge(planned, drawing.verdict, computed - 1)
+            if drawing.row.request.speculator is not None:  # another row of the request may have given drafting up
+                drawing.row.request.speculator.judge(planned, drawing.verdict, computed - 1)
 
-    def _clean(self, judged: list[tuple[PlanRow, Drawing]], logits: torch.Tensor) -> None:
+    def _clean(self, judged: list[tuple[PlanRow, Drawing]], logits: torch.Tensor, sound: bool) -> None:
         """Move KV of taken branches into place; put zeros where drafts left numbers that are not finite."""
         sources, targets, bad, at = [], [], [], 0
         lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
-        # A look at all logits at once says for most steps that nothing is wrong.
-        finite = [True] * len(lines) if isfinite(float(logits.sum())) else logits[lines].sum(1).isfinite().tolist()
+        finite = [True] * len(lines) if sound else logits[lines].amax(1).isfinite().tolist()
         for planned, drawing in judged:
             sequence, first = planned.sequence, planned.span.first + 1
             for node in range(len(drawing.proposal)):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 
 import torch
 
@@ -28,7 +29,7 @@ from hf_paged.scoring import Scoring, note_scores
 from hf_paged.second_tier import SecondTier
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
-from hf_paged.speculation.verify import draw
+from hf_paged.speculation.verify import Drawing, draw
 from hf_paged.stats import EngineStats, Optimum, Recorder
 from hf_paged.store import KVStore
 from hf_paged.supply import Supply
@@ -311,9 +312,14 @@ class EngineCore:
         note_prompts(work, logits)
         scored = note_scores(work, logits)
         drawings = rows_to_draw(work, drafts)
+        # A look at all logits at once says for most steps that nothing is wrong.
+        sound = not drafts or isfinite(float(logits.sum()))
+        if not sound:
+            drawings = self._set_aside(drawings, logits)
         known = sum(w.count for w in work if w not in drafts and (w.count > 1 or not w.row.output_ids))
         for planned in work:
-            self.memory.commit(planned.sequence, 1 if planned in drafts else planned.count)
+            if planned.sequence.open:
+                self.memory.commit(planned.sequence, 1 if planned in drafts else planned.count)
         memory = self.memory
         self.recorder.memory(len(self.roster.running), memory.pool.held, memory.live_tokens)
         for drawing in drawings:  # all rows of a request share its prompt before any of them can end
@@ -325,7 +331,7 @@ class EngineCore:
         if drafts:
             for row in [drawing.row for drawing in drawings if drawing.spoilt]:
                 self._compute_again(row)
-            self.drafting.settle(work, drawings, logits)
+            self.drafting.settle(work, drawings, logits, sound)
         for drawing in drawings:
             if drawing.row.finish_reason and drawing.row.sequence is not None:
                 self._finish(drawing.row)
@@ -354,6 +360,14 @@ class EngineCore:
             raise
         result.tokens.append((row, row.tokens[-1]))
         return not finished
+
+    def _set_aside(self, drawings: list[Drawing], logits: torch.Tensor) -> list[Drawing]:
+        """Of rows with drafts those whose last token has numbers that are not finite are computed again, before others
+        can share them; the rest."""
+        spoilt = {d for d in drawings if d.proposal is not None and not logits[d.line].amax().isfinite()}
+        for drawing in spoilt:
+            self._compute_again(drawing.row)
+        return [drawing for drawing in drawings if drawing not in spoilt]
 
     def _compute_again(self, row: Row) -> None:
         """A draft whose numbers are not finite may spoil those of tokens beside it: the request goes on without."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,7 @@ def test_drafts_that_poison_are_wiped_out(model, backend, prefix_caching, monkey
     poisoned.model.embed_tokens.weight.data[22] = float("inf")
     prompts = [[t for t in p if t != 22] + [3] for p in requests()[0]]
     params = [SamplingParams(max_tokens=20, temperature=0.0, logit_bias={22: -100.0}) for _ in prompts]
+    params[-3:] = [replace(p, temperature=1.0, n=3, seed=i) for i, p in enumerate(params[-3:])]
     wanted = tokens(engine_of(poisoned), prompts, params)
     settings = {"backend": backend, "prefix_caching": prefix_caching}
     if backend == "torch":
@@ -231,14 +233,29 @@ def test_drafts_that_poison_are_wiped_out(model, backend, prefix_caching, monkey
     with engine_of(poisoned, None, "lookup", **settings) as engine:
         speculator = engine.speculator
         texts = speculator._texts_of
-        speculator._texts_of = lambda row, depth: [_poison(p) for p in texts(row, depth) if p is not None]
+        speculator._texts_of = lambda row, depth: [_poison(p, row) for p in texts(row, depth) if p is not None]
         assert tokens(engine, prompts, params) == wanted
         assert engine.store.finite(list(range(1, 60)))
 
 
-def _poison(proposal):
-    from dataclasses import replace
+def test_tokens_that_a_model_rules_out_are_no_fault(model):
+    """Logits of -inf say that a token cannot be: drafts are taken all the same, and their KV stays."""
+    ruling = copy.deepcopy(model)
+    ruling.lm_head = torch.nn.Linear(32, 23)
+    ruling.lm_head.weight.data = model.lm_head.weight.data
+    ruling.lm_head.bias.data.zero_()
+    ruling.lm_head.bias.data[5] = -torch.inf
+    prompts, params = requests()
+    params = [replace(p, temperature=0.0) for p in params]
+    wanted = tokens(engine_of(ruling), prompts, params)
+    with engine_of(ruling, None, "lookup") as engine:
+        assert tokens(engine, prompts, params) == wanted
+        assert engine.speculation_stats().accepted > 0
 
+
+def _poison(proposal, row):
+    if row.index == 1:  # one of a request's rows goes on drafting when another gives it up
+        return proposal
     return replace(proposal, tokens=(proposal.tokens[0], *[22] * (len(proposal) - 1)))
 
 
