@@ -11,14 +11,14 @@ from torch import nn
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules, each once, in an order that depends on the model alone."""
+    """`model.modules()`, in the same order."""
     found: dict[int, nn.Module] = {}
     stack = [model]
     while stack:
         module = stack.pop()
         if module is not None and id(module) not in found:
             found[id(module)] = module
-            stack += module._modules.values()
+            stack += reversed(module._modules.values())
     return list(found.values())
 
 

@@ -95,8 +95,9 @@ def identity(model: nn.Module) -> str:
     kept = Fingerprint(model)
     digest = hashlib.sha256(kept.sampled)
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    modules = [(type(module).__name__, _own_settings(vars(module))) for module in model.modules()]
-    digest.update(repr((shapes, modules, _settings(modules_of(model)))).encode())
+    modules = modules_of(model)
+    states = [(type(module).__name__, _own_settings(vars(module))) for module in modules]
+    digest.update(repr((shapes, states, _settings(modules))).encode())
     return digest.hexdigest()
 
 
