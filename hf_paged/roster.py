@@ -170,8 +170,8 @@ class Roster:
                 self._report(request)
         rows = [row for request in self.requests.values() for row in request.rows]
         active = [row for row in rows if _begun(row) and not row.finish_reason]
-        # What a row has stored since its last logits is not known to be good.
-        doubt |= not all(self.store.finite(row.sequence.pages) for row in self.running if row.sequence is not None)
+        # What a row has stored since its last logits is not known to be good, and its release may have been broken off.
+        doubt |= not all(self.store.finite(sequence.pages) for sequence in self.memory.sequences)
         self.running = {row: None for row in active if row in self.running and row.sequence is not None}
         self._waiting = sorted((row for row in active if row not in self.running), key=_last_first)
         for row in rows:

@@ -21,6 +21,8 @@ from engine_helpers import (
 
 from hf_paged.params import SamplingParams
 from hf_paged.request import RowHooks
+from hf_paged.scheduler import Decision
+from hf_paged.scoring import Scoring, ScoringError
 
 # -- cancellation
 
@@ -310,6 +312,25 @@ def test_a_forward_that_stores_nan_and_raises():
     assert_finite(core)
     run(core)
     assert_as_alone([other])
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_while_kv_that_is_not_good_is_forgotten(monkeypatch, after):
+    """A row is preempted before its logits say that its text has gone wrong; its pages are in the tree already."""
+    core = toy_core(8, 1, max_batch_tokens=1, prefix_caching=True)
+    bad = core.submit_scoring([POISON, 1], Scoring(2, (0,)), SamplingParams(max_tokens=1))
+    other = core.submit([1], SamplingParams(max_tokens=8), seed=0)
+    core.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "_decide", lambda: Decision(preempted=(bad.rows[0],)))
+        patch.setattr(core.memory.prefixes, "discard", Bomb(core.memory.prefixes.discard, 1, after))
+        with pytest.raises(KeyboardInterrupt):
+            core.step()
+    assert_finite(core)
+    run(core)
+    assert_as_alone([other])
+    assert isinstance(bad.error, ScoringError)
+    assert_idle(core)
 
 
 # -- the edges
