@@ -86,7 +86,7 @@ class Row:
     def proven(self) -> bool:
         """Whether its KV is known to be good, since its logits were."""
         scoring = self.request.scoring
-        return bool(self.output_ids) if scoring is None else not scoring.left
+        return bool(self.output_ids) if scoring is None else not scoring.left and scoring.spoilt() is None
 
     @property
     def scores_prompt(self) -> bool:

@@ -33,7 +33,7 @@ class Scoring:
         ends: token ids, at least one, each scored as the one behind the last token. They cost one row of logits.
         logprobs: natural logarithm of each scored token's probability: those of the request, then `ends`.
         greedy: whether each is the most probable one at its place.
-        left: scored tokens that are not known yet.
+        left: scored tokens whose logits are not known yet.
     """
 
     start: int
@@ -52,6 +52,11 @@ class Scoring:
         end = place + len(logprobs)
         self.logprobs[place:end], self.greedy[place:end] = logprobs, greedy
         self.left = len(self.logprobs) - end
+
+    def spoilt(self) -> int | None:
+        """Number of the first score so far that is NaN."""
+        known = len(self.logprobs) - self.left
+        return next((i for i, logprob in enumerate(self.logprobs[:known]) if math.isnan(logprob)), None)
 
 
 def note_scores(work: Iterable[PlanRow], logits: torch.Tensor) -> list[tuple[Row, ScoringError | None]]:
@@ -97,9 +102,10 @@ def _share_out(
         scoring, own = planned.row.request.scoring, logprobs[at : at + count]
         scoring.take(place, own, greedy[at : at + count])
         at += count
-        if any(map(math.isnan, own)):
-            where = planned.sequence.computed + planned.count - planned.logits
-            ended.append((planned.row, ScoringError(f"the logits behind token {where} or later are NaN or infinite")))
+        # All so far: an interrupt may have come between a score and the end that it asks for.
+        if (spoilt := scoring.spoilt()) is not None:
+            where = min(scoring.start + spoilt, len(planned.row.tokens)) - 1
+            ended.append((planned.row, ScoringError(f"the logits behind token {where} are NaN or infinite")))
         elif not scoring.left:
             ended.append((planned.row, None))
     return ended

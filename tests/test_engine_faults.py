@@ -333,6 +333,23 @@ def test_an_interrupt_while_kv_that_is_not_good_is_forgotten(monkeypatch, after)
     assert_idle(core)
 
 
+def test_a_cancelled_request_whose_bad_scores_were_not_reported_yet(monkeypatch):
+    """An interrupt between the scores and their error: its KV is not good all the same, nor are its scores later."""
+    core = toy_core(9, 1, prefix_caching=True)
+    requests = [
+        core.submit_scoring([1, POISON, 2, 3], Scoring(1, (0,)), SamplingParams(max_tokens=1, cache_salt=salt))
+        for salt in "ab"
+    ]
+    monkeypatch.setattr(core.memory.pool, "keep", Bomb(core.memory.pool.keep, 1, after=False))
+    with pytest.raises(KeyboardInterrupt):
+        core.step()
+    core.cancel(requests[0].request_id)
+    assert_finite(core)
+    run(core)
+    assert isinstance(requests[1].error, ScoringError) and "behind token 1 are NaN" in str(requests[1].error)
+    assert_idle(core)
+
+
 # -- the edges
 
 
