@@ -58,7 +58,7 @@ def everything_grouped(monkeypatch):
     """Groups however small: what pays is a matter of speed."""
     monkeypatch.setattr(groups, "LEAST_SLOTS", 1)
     monkeypatch.setattr(groups, "LEAST_QUERIES", 1)
-    monkeypatch.setattr(groups, "CAUSAL", 4)
+    monkeypatch.setattr(groups, "LEAST_CAUSAL", 1)
 
 
 SHAPES = [(6, 2, 64, 64), (4, 4, 16, 16), (8, 1, 128, 128), (3, 3, 20, 12), (10, 2, 40, 24), (16, 4, 128, 128)]
@@ -103,14 +103,14 @@ def test_a_long_prefix_is_one_segment_and_each_row_keeps_the_rest():
     )
     rows = PagedRows(16, 16, lens, np.full(16, 330), table, torch.zeros(16, dtype=torch.long))
     found = groups.build_groups(rows)
-    assert found.segments.tolist() == [[0, 0, 320, 0, 16]] and set(found.own.tolist()) == {320}
+    assert found.segments.tolist() == [[0, 0, 320, 0, 16, 0]] and set(found.own.tolist()) == {320}
 
 
-def test_a_prompt_behind_a_prefix_reads_it_as_one():
+def test_a_prompt_behind_a_prefix_is_one_segment():
     rows = PagedRows(
         16, 0, np.array([100]), np.array([500]), np.arange(1, 33)[None], torch.zeros(100, dtype=torch.long)
     )
-    assert groups.build_groups(rows).segments.tolist() == [[0, 0, 400, 0, 100]]
+    assert groups.build_groups(rows).segments.tolist() == [[0, 0, 500, 0, 100, 1]]
     torch.manual_seed(0)
     keys, values = torch.randn(33, 2, 16, 64), torch.randn(33, 2, 16, 64)
     query = torch.randn(100, 6, 64)

@@ -3,7 +3,8 @@
 As Juravsky et al., "Hydragen", 2024, Ye et al., "ChunkAttention", ACL 2024, and the cascade inference of FlashInfer: a
 query's attention over some of its slots is a part, `(weighted values, largest score, sum of exponentials)`, and parts
 are merged by log-sum-exp. Rows that share pages have the same page at the same index of their page tables; sharing
-nests, as in a tree. A prompt's chunk is a group by itself: all its queries see what lies before it.
+nests, as in a tree. A prompt's chunk is a group by itself: all its queries see what lies before it, and each of them
+the chunk as far as its own place.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_paged.kernels.rows import PagedRows
+from hf_paged.kernels.rows import ALL, PagedRows
 
 # Below these a part costs more to merge than it saves (measured on two cores, 6 heads over 2, of 64).
 LEAST_SLOTS, LEAST_QUERIES = 192, 8
-CAUSAL = 64  # queries of a chunk that see the chunk's own tokens before them as a group
+LEAST_CAUSAL = 64  # the same of a chunk and what it sees: nothing is read for others there, but many queries at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class Groups:
 
     Attributes:
         own: `[queries]`, first slot that is not in a segment.
-        segments: `[n, 5]`: line of the page table, first slot, last slot + 1, first member, members.
+        segments: `[n, 6]`: line of the page table, first slot, last slot + 1, first member, members, and 1 where each
+            member sees the slots up to its own only, else 0.
         members: `[m]`, queries, segment by segment.
         part_start: `[queries + 1]`, where the places of query `i` among the members begin in `parts`.
         parts: `[m]`, places among the members, query by query.
@@ -40,9 +42,9 @@ class Groups:
 
 def build_groups(rows: PagedRows) -> Groups | None:
     """The groups of a step, or None where nothing is shared."""
-    lens, first = rows.query_lens, rows.page_table[:, 0].tolist()
+    first = rows.page_table[:, 0].tolist()
     # Prompts' chunks that are groups by themselves.
-    chunks = (lens >= LEAST_QUERIES) & (rows.context_lens >= LEAST_SLOTS + LEAST_QUERIES)
+    chunks = (rows.query_lens >= LEAST_QUERIES) & (rows.context_lens >= LEAST_CAUSAL)
     if not chunks.any() and len(set(first)) == len(first):
         return None
     found = _Finder(rows)
@@ -64,10 +66,13 @@ class _Finder:
         ends = rows.query_lens.cumsum()
         self.start = ends - rows.query_lens
         self.several = (rows.query_lens >= LEAST_QUERIES).tolist()
+        self.causal = self.several
         if rows.tree is not None:
             self.before = np.minimum(self.before, rows.tree.base[self.start])
+            branches = rows.tree.visible[self.start] != ALL
+            self.causal = [several and not tree for several, tree in zip(self.several, branches.tolist(), strict=True)]
         self.own = np.zeros(int(ends[-1]), np.int64)
-        self.segments: list[tuple[int, int, int, int, int]] = []
+        self.segments: list[tuple[int, int, int, int, int, int]] = []
         self.members: list[np.ndarray] = []
         self.placed = 0
 
@@ -96,12 +101,14 @@ class _Finder:
         return self.table[rows, index].tolist()
 
     def _single(self, row: int, begin: int) -> None:
-        """What the queries of one row see together: all before them; of a long chunk what comes before each block."""
-        start, count, before = int(self.start[row]), int(self.lens[row]), int(self.before[row])
-        begin = self._segment([row], begin, before)
-        for block in range(CAUSAL, count, CAUSAL):
-            queries = np.arange(start + block, start + min(block + CAUSAL, count))
-            self._add(row, begin, before + block, queries)
+        """What the queries of one row see together: of a chunk all there is, of a tree what lies before it."""
+        count, before = int(self.lens[row]), int(self.before[row])
+        if not self.causal[row] or before + count - begin < LEAST_CAUSAL:
+            self._segment([row], begin, before)
+            return
+        queries = np.arange(count) + self.start[row]
+        self._note(row, begin, before + count, queries, 1)
+        self.own[queries] = before + np.arange(1, count + 1)
 
     def _segment(self, rows: list[int], begin: int, end: int) -> int:
         if end - begin < LEAST_SLOTS:
@@ -117,10 +124,13 @@ class _Finder:
         if end - begin < LEAST_SLOTS or len(queries) < LEAST_QUERIES:
             return begin
         self.own[queries] = end
-        self.segments.append((line, begin, end, self.placed, len(queries)))
+        self._note(line, begin, end, queries, 0)
+        return end
+
+    def _note(self, line: int, begin: int, end: int, queries: np.ndarray, causal: int) -> None:
+        self.segments.append((line, begin, end, self.placed, len(queries), causal))
         self.members.append(queries)
         self.placed += len(queries)
-        return end
 
     def groups(self) -> Groups | None:
         if not self.segments:

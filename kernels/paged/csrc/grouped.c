@@ -7,9 +7,9 @@
 /* Vectors of queries side by side; slots at a time; of these, in registers: WIDE * KEYS sums, and what is added to them. */
 enum { WIDE = 3, CHUNK = 64, KEYS = REGISTERS / 4, LINES = LANES * WIDE };
 
-/* Slots [begin, end) of a line of the table, which members [first, first + count) see. */
+/* Slots [begin, end) of a line of the table, which members [first, first + count) see; if causal, each up to its own place. */
 typedef struct {
-    int64_t line, begin, end, first, count;
+    int64_t line, begin, end, first, count, causal;
 } segment;
 
 /* What all layers of a step have in common; see `grouped_attention`. */
@@ -32,6 +32,7 @@ typedef struct {
 
 typedef struct {
     lanes *query, *out, *scores, top[WIDE], sum[WIDE], before[WIDE]; /* [dim][wide], [value_dim][wide], [CHUNK][wide] */
+    ints limit[WIDE];                                              /* slots that each line sees */
     float *copy, *own_scores;                                      /* [KEYS][dim]; [group][stride] */
     int64_t own, at;                                               /* own slots that come next; of these on their way */
     const float *keys[CHUNK], *values[CHUNK];                      /* of a chunk; past its end the last one again */
@@ -59,7 +60,17 @@ INLINE span own_slots(const task *a, const float *pages, int64_t item, int64_t d
                   a->kv_heads, a->page, dim};
 }
 
-static int64_t take_own(const task *a) { return __atomic_fetch_add(a->taken + 1, 1, __ATOMIC_RELAXED); }
+/* The next item of rows' own slots; of a row that has none it is noted that nothing is to be merged. */
+static int64_t take_own(const task *a) {
+    const int64_t all = a->step->rows * a->kv_heads, group = a->heads / a->kv_heads;
+    int64_t item;
+    while ((item = __atomic_fetch_add(a->taken + 1, 1, __ATOMIC_RELAXED)) < all) {
+        const int64_t row = item / a->kv_heads, line = row * a->heads + item % a->kv_heads * group;
+        if (a->step->own[row] < a->step->context[row]) break;
+        for (int64_t g = 0; g < group; g++) a->own_tops[2 * (line + g)] = -INFINITY, a->own_tops[2 * (line + g) + 1] = 0;
+    }
+    return item;
+}
 
 /* Where the next of the own slots lie that are computed after this chunk: a loop over what is at hand fetches a line of
  * memory with each round, `floats` in all. So memory works while the processor does. */
@@ -79,11 +90,17 @@ INLINE void score_keys(lanes *scores, const lanes *query, const float *keys, con
                        const int wide) {
     lanes sums[KEYS][WIDE] = {0};
     for (int64_t d = 0; d < dim; d++) {
+        lanes held[WIDE];
         __builtin_prefetch(coming + 16 * d, 0, 2);
+#pragma GCC unroll 3
+        for (int v = 0; v < wide; v++) {
+            held[v] = query[wide * d + v];
+            HELD(held[v]);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < KEYS; j++)
 #pragma GCC unroll 3
-            for (int v = 0; v < wide; v++) sums[j][v] += query[wide * d + v] * keys[j * dim + d];
+            for (int v = 0; v < wide; v++) sums[j][v] += held[v] * keys[j * dim + d];
     }
 #pragma GCC unroll 8
     for (int j = 0; j < KEYS; j++)
@@ -107,13 +124,24 @@ INLINE void score_chunk(const task *a, scratch *s, int64_t n, const int64_t dim,
     }
 }
 
+INLINE void cap_chunk(scratch *s, int64_t n, float softcap, const int wide) {
+    for (int64_t i = 0; i < wide * n; i++)
+        for (int l = 0; l < LANES; l++) s->scores[i][l] = softcap * tanhf(s->scores[i][l] / softcap);
+}
+
+/* Slots from `from` on of a chunk that begins at slot t are hidden from lines that do not see so far. */
+INLINE void hide_chunk(scratch *s, int64_t n, int64_t t, int64_t from, const int wide) {
+    for (int64_t i = from > t ? from - t : 0; i < n; i++)
+        for (int v = 0; v < wide; v++) {
+            lanes *score = s->scores + wide * i + v;
+            *score = choose(s->limit[v] > (ints){0} + (int32_t)(t + i), *score, (lanes){0} - INFINITY);
+        }
+}
+
 /* Scores become weights over the largest so far; `before` scales to it what was summed before. */
-INLINE void weigh_chunk(scratch *s, int64_t n, float softcap, const int wide) {
+INLINE void weigh_chunk(scratch *s, int64_t n, const int wide) {
     for (int v = 0; v < wide; v++) {
         lanes *score = s->scores + v, top = s->top[v], sum = {0};
-        if (softcap > 0)
-            for (int64_t i = 0; i < n; i++)
-                for (int l = 0; l < LANES; l++) score[wide * i][l] = softcap * tanhf(score[wide * i][l] / softcap);
         for (int64_t i = 0; i < n; i++) top = larger(score[wide * i], top);
         for (int64_t i = 0; i < n; i++) sum += score[wide * i] = exp_of_negative(score[wide * i] - top);
         s->before[v] = exp_of_negative(s->top[v] - top);
@@ -132,11 +160,17 @@ INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const float *coming, con
         for (int v = 0; v < wide; v++) sums[j][v] = out[wide * j + v] * s->before[v];
     for (int64_t i = 0; i < n; i++, weight += wide) {
         const float *value = s->values[i] + d;
+        lanes held[WIDE];
         __builtin_prefetch(coming + 16 * i, 0, 2);
+#pragma GCC unroll 3
+        for (int v = 0; v < wide; v++) {
+            held[v] = weight[v];
+            HELD(held[v]);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < width; j++)
 #pragma GCC unroll 3
-            for (int v = 0; v < wide; v++) sums[j][v] += weight[v] * value[j];
+            for (int v = 0; v < wide; v++) sums[j][v] += held[v] * value[j];
     }
 #pragma GCC unroll 8
     for (int j = 0; j < width; j++)
@@ -174,25 +208,70 @@ static void own_item(const task *a, scratch *s) {
     else OWN(group, dim, value_dim);
 }
 
+/* Lines of `dim` floats, null for one that is not there, side by side: [dim][wide]. */
+INLINE void lay_lines(lanes *out, const float *const *lines, float scale, const int64_t dim, const int wide) {
+    if (dim % LANES) {
+        for (int64_t l = 0; l < LANES * wide; l++)
+            for (int64_t d = 0; d < dim; d++) ((float *)out)[d * LANES * wide + l] = lines[l] ? lines[l][d] * scale : 0;
+        return;
+    }
+    for (int v = 0; v < wide; v++)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            lanes rows[LANES];
+            for (int l = 0; l < LANES; l++)
+                rows[l] = lines[LANES * v + l] ? *(const lanes *)(lines[LANES * v + l] + d) * scale : (lanes){0};
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) out[wide * (d + i) + v] = rows[i];
+        }
+}
+
+/* The same back. */
+INLINE void take_lines(float *const *lines, const lanes *in, const int64_t dim, const int wide) {
+    if (dim % LANES) {
+        for (int64_t l = 0; l < LANES * wide; l++)
+            for (int64_t d = 0; lines[l] && d < dim; d++) lines[l][d] = ((const float *)in)[d * LANES * wide + l];
+        return;
+    }
+    for (int v = 0; v < wide; v++)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            lanes rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = in[wide * (d + i) + v];
+            transpose(rows);
+            for (int l = 0; l < LANES; l++)
+                if (lines[LANES * v + l]) *(lanes *)(lines[LANES * v + l] + d) = rows[l];
+        }
+}
+
 /* One segment, KV head and lines from `first` on; a line is a member's query head. parts: [members, heads, value_dim + 2]. */
 INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
                          const int64_t value_dim, const int wide) {
     const int64_t group = a->heads / a->kv_heads, left = g.count * group - first, width = LANES * wide;
     const int64_t lines = left < width ? left : width;
-    memset(s->query, 0, dim * wide * sizeof(lanes));
+    int64_t all_see = g.end, any_sees = g.causal ? 0 : g.end;
+    const float *queries[LINES] = {0};
+    float *parts[LINES] = {0};
     memset(s->out, 0, value_dim * wide * sizeof(lanes));
-    for (int v = 0; v < wide; v++) s->sum[v] = (lanes){0}, s->top[v] = (lanes){0} - INFINITY;
+    for (int v = 0; v < wide; v++) s->sum[v] = (lanes){0}, s->top[v] = (lanes){0} - INFINITY, s->limit[v] = (ints){0} + INT32_MAX;
     for (int64_t l = 0; l < lines; l++) {
         const int64_t member = a->step->members[g.first + (first + l) / group], h = head * group + (first + l) % group;
-        const float *query = a->query + member * a->query_line + h * dim;
-        for (int64_t d = 0; d < dim; d++) ((float *)s->query)[d * width + l] = query[d] * a->scale;
+        queries[l] = a->query + member * a->query_line + h * dim;
+        parts[l] = a->partial + ((g.first + (first + l) / group) * a->heads + h) * (value_dim + 2);
+        if (!g.causal) continue;
+        const int64_t sees = a->step->context[member];
+        ((int32_t *)s->limit)[l] = sees;
+        all_see = sees < all_see ? sees : all_see;
+        any_sees = sees > any_sees ? sees : any_sees;
     }
+    g.end = any_sees;
+    lay_lines(s->query, queries, a->scale, dim, wide);
     find_slots(s->keys, a, a->keys, g.line, head, dim, g.begin, g.end - g.begin < CHUNK ? g.end - g.begin : CHUNK);
     for (int64_t t = g.begin, n, next; t < g.end; t += CHUNK) {
         n = g.end - t < CHUNK ? g.end - t : CHUNK;
         find_slots(s->values, a, a->values, g.line, head, value_dim, t, n);
         score_chunk(a, s, n, dim, wide);
-        weigh_chunk(s, n, a->softcap, wide);
+        if (a->softcap > 0) cap_chunk(s, n, a->softcap, wide);
+        if (t + n > all_see) hide_chunk(s, n, t, all_see, wide);
+        weigh_chunk(s, n, wide);
         next = g.end - t - n < CHUNK ? g.end - t - n : CHUNK;
         if (next) find_slots(s->keys, a, a->keys, g.line, head, dim, t + n, next);
         int64_t d = 0;
@@ -203,12 +282,10 @@ INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int
         for (; d < value_dim; d++) add_chunk(s, n, d, s->copy, 1, wide);
         own_item(a, s);
     }
+    take_lines(parts, s->out, value_dim, wide);
     for (int64_t l = 0; l < lines; l++) {
-        const int64_t line = (g.first + (first + l) / group) * a->heads + head * group + (first + l) % group;
-        float *part = a->partial + line * (value_dim + 2);
-        for (int64_t d = 0; d < value_dim; d++) part[d] = ((float *)s->out)[d * width + l];
-        part[value_dim] = ((float *)s->top)[l];
-        part[value_dim + 1] = ((float *)s->sum)[l];
+        parts[l][value_dim] = ((float *)s->top)[l];
+        parts[l][value_dim + 1] = ((float *)s->sum)[l];
     }
 }
 
@@ -232,7 +309,7 @@ INLINE void merge(const task *a, int64_t line, const int64_t dim) {
     }
     const float own = expf(top - most);
     float all = sum * own + (a->sinks ? expf(a->sinks[head] - most) : 0);
-    for (int64_t d = 0; d < dim; d++) out[d] *= own;
+    for (int64_t d = 0; d < dim; d++) out[d] = sum > 0 ? out[d] * own : 0; /* not written where there was no slot */
     for (int64_t p = begin; p < end; p++) {
         const float *part = a->partial + (a->step->parts[p] * a->heads + head) * width, weight = expf(part[dim] - most);
         all += part[dim + 1] * weight;

@@ -26,6 +26,15 @@ enum { REGISTERS = 16 };
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4))); /* anywhere in memory */
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
+/* Keeps a vector in a register: compilers would read it from memory for every product that it takes part in. */
+#if defined __AVX512F__
+#define HELD(x) __asm__("" : "+v"(x))
+#elif defined __AVX__
+#define HELD(x) __asm__("" : "+x"(x))
+#else
+#define HELD(x)
+#endif
+
 /* Lanes of a where `mask` is set, else of b. (C has no ?: over vectors.) */
 INLINE lanes choose(ints mask, lanes a, lanes b) { return (lanes)(((ints)a & mask) | ((ints)b & ~mask)); }
 
@@ -64,6 +73,28 @@ INLINE float largest(lanes x) {
 #else
 #define PLACES(flip, bit) FOUR(0, flip, bit)
 #endif
+
+/* Rows whose numbers differ in `bit` alone: lanes of the first that have the bit trade places with those of the second that
+ * have not. */
+#define TRADE(rows, bit) \
+    _Pragma("GCC unroll 16") for (int j = 0; j < LANES; j++) \
+        if (!(j & (bit))) { \
+            const lanes a = rows[j], b = rows[j | (bit)], traded = PICK(a, b, bit, bit); \
+            rows[j] = PICK(a, traded, 0, bit); \
+            rows[j | (bit)] = PICK(traded, b, 0, bit); \
+        }
+
+/* LANES rows become columns. */
+INLINE void transpose(lanes *rows) {
+    TRADE(rows, 1)
+    TRADE(rows, 2)
+#if LANES > 4
+    TRADE(rows, 4)
+#endif
+#if LANES > 8
+    TRADE(rows, 8)
+#endif
+}
 
 /* Lane i: the total of part[i], of LANES parts, which are lost. */
 INLINE lanes totals(lanes *part) {
