@@ -6,3 +6,4 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_PAGED_TILES", "")  # none that somebody has measured

@@ -33,15 +33,12 @@ def small_tiles(monkeypatch):
     """Tiles and splits so small that short rows have many of both."""
     from hf_paged.kernels import triton_path
 
-    def smaller(choose):
-        def chosen(*args):
-            config = choose(*args)
-            return replace(config, block_m=max(16, min(config.block_m, 32)), block_n=16, split=32)
+    def smaller(*args):
+        config = tiles_of(*args)
+        return replace(config, block_m=max(16, min(config.block_m, 32)), block_n=16, split=32)
 
-        return chosen
-
-    for name in ("decode_config", "extend_config"):
-        monkeypatch.setattr(triton_path, name, smaller(getattr(triton_path, name)))
+    tiles_of = triton_path.tiles_of
+    monkeypatch.setattr(triton_path, "tiles_of", smaller)
 
 
 def assert_right(case: Case) -> None:

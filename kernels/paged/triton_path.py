@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -10,17 +11,10 @@ import torch
 from hf_paged.kernels.decode import decode
 from hf_paged.kernels.extend import extend
 from hf_paged.kernels.fp8 import FP8
-from hf_paged.kernels.launch import (
-    Target,
-    decode_config,
-    extend_config,
-    few_lines,
-    head_shape,
-    reads_fp8,
-    unsupported,
-)
+from hf_paged.kernels.launch import HeadShape, Target, TileConfig, few_lines, head_shape, reads_fp8, unsupported
 from hf_paged.kernels.rows import ALL, PagedRows
 from hf_paged.kernels.seen import Seen, build_seen
+from hf_paged.kernels.tuned import tiles_of
 from hf_paged.kernels.worklist import StepTensors, step_tensors, work_list
 from hf_paged.kernels.write_triton import write
 
@@ -97,23 +91,38 @@ def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:
 
 
 def paged_attention(
-    query, key_pages, value_pages, rows: PagedRows, *, scale, window=None, softcap=None, sinks=None, fresh=None
+    query,
+    key_pages,
+    value_pages,
+    rows: PagedRows,
+    *,
+    scale,
+    window=None,
+    softcap=None,
+    sinks=None,
+    fresh=None,
+    tiles: Callable[[str, HeadShape, Target], TileConfig] | None = None,
 ) -> torch.Tensor:
-    """See `hf_paged.kernels.paged_attention`. `fresh` is not looked at: it lies in pages as well."""
+    """See `hf_paged.kernels.paged_attention`. `fresh` is not looked at: it lies in pages as well.
+
+    Args:
+        tiles: how kernels are launched. Default: `tiles_of`.
+    """
     query, device, n = _inner(query), query.device, rows.num_decodes
     tokens, heads, _ = query.shape
+    tiles = tiles or tiles_of
     out = query.new_empty(tokens, heads, value_pages.shape[-1])
     step: StepTensors = rows.derived(("step", device), lambda: step_tensors(rows, device))
     shape, target = head_shape(heads, key_pages, value_pages, query.element_size()), target_of(device)
     options = dict(scale=scale, window=window, softcap=softcap, sinks=None if sinks is None else sinks.contiguous())
     if n:
         longest = rows.derived("longest", lambda: int(rows.context_lens[:n].max()))
-        config = decode_config(shape, target)
+        config = tiles("decode", shape, target)
         at = step.table, step.context
         decode(query[:n], key_pages, value_pages, *at, out[:n], config, longest=longest, **options)
     if n < tokens:
         for few in (True, False):
-            config = extend_config(shape, target, few)
+            config = tiles("few" if few else "many", shape, target)
 
             def work(few=few, config=config):
                 chosen = _chosen(rows, few_lines(shape, target) // shape.group, few)

@@ -18,6 +18,7 @@ from hf_paged.integrations.cli import (
     info,
     lm_eval,
     score,
+    tune,
 )
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command(name="generate")(generate.generate)
 app.command(name="eval")(eval.evaluate)
 app.command(name="info")(info.info)
 app.command(name="score")(score.score)
+app.command(name="tune")(tune.tune)
 app.command(name="lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 bench.app.command(name="prefix")(bench_prefix.prefix)
 bench.app.command(name="eval")(bench_eval.evaluation)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from hf_paged.integrations.cli import options as opt
 from hf_paged.integrations.cli.console import command, print_json, quiet_transformers, settings_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 @command
@@ -36,6 +39,8 @@ def info(
     settings = settings_of(given)
     chosen, reason = choose_backend(settings.get("backend", "auto"), check_device(device).type)
     report: dict[str, Any] = {"machine": machine(), "backend": chosen, "backend_reason": reason, "memory_plan": None}
+    if chosen == "triton":
+        report["tiles"] = tiles_told(check_device(device))
     if model is None:
         try:
             model = bundled("models/target")
@@ -47,6 +52,16 @@ def info(
         print_json(report)
     else:
         show(report)
+
+
+def tiles_told(device: torch.device) -> str:
+    """Where launches of the Triton kernels come from."""
+    from hf_paged.kernels.triton_path import target_of
+    from hf_paged.kernels.tuned import table_of, table_path
+
+    target = target_of(device)
+    known = table_of(target)
+    return f"{len(known)} measured, in {table_path(target)}" if known else "worked out (hf-paged tune measures them)"
 
 
 def plan(model: str, dtype: str, device: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +111,8 @@ def show(report: dict[str, Any]) -> None:
     out.print(f"{'cpu':<14}{told['cpu']}, {told['cores']} cores, {told['torch_threads']} torch threads")
     out.print(f"{'cuda':<14}{cuda}")
     out.print(f"{'backend':<14}{report['backend']}: {report['backend_reason']}")
+    if "tiles" in report:
+        out.print(f"{'tiles':<14}{report['tiles']}")
     if report["memory_plan"] is None:
         typer.echo(report["note"])
         return
