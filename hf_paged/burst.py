@@ -14,7 +14,8 @@ from hf_paged.plan import PlanRow
 from hf_paged.sampling import SampleResult, drawn_errors
 
 if TYPE_CHECKING:
-    from hf_paged.engine import EngineCore, StepResult
+    from hf_paged.engine import EngineCore
+    from hf_paged.outcomes import StepResult
 
 
 class Stepper(Protocol):
@@ -101,11 +102,11 @@ def _take_step(
     for _, planned in alive:
         core.memory.commit(planned.sequence, 1)
     before = len(result.tokens)
-    goes_on = [core._take(result, planned.row, sampled, place) for place, planned in alive]
+    goes_on = [core.outcomes.take(result, planned.row, sampled, place) for place, planned in alive]
     generated = len(result.tokens) - before
     for _, planned in alive:
         if planned.row.finish_reason and planned.row.sequence is not None:
-            core._finish(planned.row)
+            core.outcomes.finish(planned.row)
     core.recorder.add(steps=1, rows=len(alive), generated_tokens=generated)
     left = (entry for entry, goes in zip(alive, goes_on, strict=True) if goes)
     return [entry for entry in left if entry[1].row.sequence is not None]

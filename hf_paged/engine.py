@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import isfinite
 
@@ -15,21 +15,20 @@ from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_p
 from hf_paged.burst import Stepper, run_burst
 from hf_paged.config import CoreSettings
 from hf_paged.drafting import Drafting
-from hf_paged.drawing import append_drawn, note_prompts, rows_to_draw
-from hf_paged.finish import check_finished
+from hf_paged.drawing import note_prompts, rows_to_draw
 from hf_paged.memory import Memory, OutOfPages
+from hf_paged.outcomes import Outcomes, StepResult
 from hf_paged.outputs import RequestMetrics
 from hf_paged.params import SamplingParams
 from hf_paged.plan import PlanRow, StepPlan, build_plan
 from hf_paged.request import Request, Row, RowHooks
 from hf_paged.roster import Roster
-from hf_paged.sampling import SampleResult
 from hf_paged.scheduler import Decision, Limits, decide
 from hf_paged.scoring import Scoring, note_scores
 from hf_paged.second_tier import SecondTier
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
-from hf_paged.speculation.verify import Drawing, draw
+from hf_paged.speculation.verify import draw
 from hf_paged.stats import EngineStats, Optimum, Recorder
 from hf_paged.store import KVStore
 from hf_paged.supply import Supply
@@ -37,14 +36,6 @@ from hf_paged.text import Decode
 from hf_paged.tiers import Tier
 
 Forward = Callable[[StepPlan], torch.Tensor]
-
-
-@dataclass(eq=False)
-class StepResult:
-    """What a step gave: tokens in the order of rows, and the requests that ended."""
-
-    tokens: list[tuple[Row, int]] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
 
 
 class EngineCore:
@@ -77,7 +68,7 @@ class EngineCore:
     ) -> None:
         self.stepper = stepper
         self.forward, self.store, self.settings = forward, store, settings
-        self.decode, self.encode, self.device = decode, encode, device
+        self.encode, self.device = encode, device
         self.memory = Memory(store.num_pages, store.page_size, settings.prefix_caching)
         self.supply = Supply(self.memory)
         self.second = SecondTier(self.memory, store, tiers) if tiers else None
@@ -86,6 +77,7 @@ class EngineCore:
         self.roster = Roster(self.memory, store)
         self.optimum = Optimum(store.page_size) if settings.track_optimum else None
         self.drafting = Drafting(self.memory, store, measured)
+        self.outcomes = Outcomes(self.roster, self.drafting, decode, self.optimum)
         self._submitted = 0
 
     @property
@@ -133,7 +125,7 @@ class EngineCore:
         name = self._free_id() if request_id is None else request_id
         if name in self.roster.requests:
             raise ValueError(f"request_id={name!r} is taken by a request that has not ended")
-        for argument, needed in (("stop", self.decode), ("bad_words", self.encode)):
+        for argument, needed in (("stop", self.outcomes.decode), ("bad_words", self.encode)):
             if getattr(params, argument) and needed is None:
                 raise ValueError(f"{argument}={getattr(params, argument)!r} needs a tokenizer: give the engine one")
         ids = checked_prompt(prompt_ids, self.capacity)
@@ -144,8 +136,7 @@ class EngineCore:
         shared = self.memory.prefixes is not None and params.prefix_caching is not False
         request.add_rows(seed, hooks, self.settings.eos_ids, words, shared)
         request.speculator = speculator
-        self._submitted += 1
-        self.roster.add(request)
+        self._add(request)
         return request
 
     def submit_scoring(self, token_ids: Sequence[int], scoring: Scoring, params: SamplingParams) -> Request:
@@ -163,22 +154,42 @@ class EngineCore:
         metrics = RequestMetrics(time.perf_counter())
         request = Request(self._free_id(), self._submitted, None, ids, params, 1, metrics, scoring=scoring)
         request.add_rows(0, None, (), (), self.memory.prefixes is not None and params.prefix_caching is not False)
-        self._submitted += 1
-        self.roster.add(request)
+        self._add(request)
         return request
+
+    def _add(self, request: Request) -> None:
+        self._submitted += 1  # first: no two have the same number
+        with self._mending():
+            self.roster.add(request)
+
+    def arrange(self, requests: Sequence[Request]) -> None:
+        """Let `requests`, all of which must still wait, go in the order that suits a list."""
+        with self._mending():
+            self.roster.arrange(requests)
 
     def _free_id(self) -> str:
         names = (f"request-{number}" for number in itertools.count(self._submitted))
         return next(name for name in names if name not in self.roster.requests)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request now; its pages are free when this returns. False: no such request is under way."""
+        """End a request now; its pages are free when this returns, or raises. False: no such request is under way."""
         request = self.roster.requests.get(request_id)
         if request is None:
             return False
-        self.roster.end(request, "cancelled")
-        self.drafting.tidy()
+        with self._mending():
+            self.roster.end(request, "cancelled")
+            self.drafting.tidy()
         return True
+
+    @contextmanager
+    def _mending(self) -> Iterator[None]:
+        """An exception at any place in here leaves all laws kept, and every request where it was or at its end."""
+        try:
+            yield
+        except BaseException:
+            self.roster.recover(self.settings.max_sequences)
+            self.drafting.tidy()
+            raise
 
     def step(self) -> StepResult:
         """Compute one batch.
@@ -188,7 +199,7 @@ class EngineCore:
         """
         begun = time.perf_counter()
         result = StepResult()
-        try:
+        with self._mending():
             decision = self._decide()
             self._apply(decision)
             work = self._reserve(decision)
@@ -196,12 +207,8 @@ class EngineCore:
             if work and not (self.stepper is not None and not drafts and run_burst(self, work, result)):
                 logits = self._forward(work)
                 self._conclude(work, drafts, logits, result)
-        except BaseException:
-            self.roster.recover(self.settings.max_sequences)
-            self.drafting.tidy()
-            raise
-        # The second of two pages with the same tokens was given up, whatever it holds.
-        self.store.scrub(self.memory.take_replaced())
+            # The second of two pages with the same tokens was given up, whatever it holds.
+            self.store.scrub(self.memory.take_replaced())
         result.finished = self.roster.collect()
         seconds = time.perf_counter() - begun
         self.recorder.step_seconds += seconds
@@ -233,13 +240,16 @@ class EngineCore:
     def forget(self, identity: str = "") -> None:
         """Forget all KV: the model is not what it was. Rows that run compute theirs again.
 
+        Where it is broken off, it must be repeated.
+
         Args:
             identity: by which tiers are to know its KV from now on.
         """
-        self.roster.forget()
-        self.drafting.forget()
-        if self.second is not None:
-            self.second.forget(identity)
+        with self._mending():
+            self.roster.forget()
+            self.drafting.forget()
+            if self.second is not None:
+                self.second.forget(identity)
 
     def check(self) -> None:
         """Verify the laws of memory, and that every sequence belongs to a running row."""
@@ -315,7 +325,7 @@ class EngineCore:
         # A look at all logits at once says for most steps that nothing is wrong.
         sound = not drafts or isfinite(float(logits.sum()))
         if not sound:
-            drawings = self._set_aside(drawings, logits)
+            drawings = self.outcomes.set_aside(drawings, logits)
         known = sum(w.count for w in work if w not in drafts and (w.count > 1 or not w.row.output_ids))
         for planned in work:
             if planned.sequence.open:
@@ -327,73 +337,16 @@ class EngineCore:
                 self.roster.branch(drawing.row)
         before = len(result.tokens)
         if drawings:
-            draw(drawings, logits, partial(self._take, result))
+            draw(drawings, logits, partial(self.outcomes.take, result))
         if drafts:
             for row in [drawing.row for drawing in drawings if drawing.spoilt]:
-                self._compute_again(row)
+                self.outcomes.compute_again(row)
             self.drafting.settle(work, drawings, logits, sound)
         for drawing in drawings:
             if drawing.row.finish_reason and drawing.row.sequence is not None:
-                self._finish(drawing.row)
+                self.outcomes.finish(drawing.row)
         for row, error in scored:
-            self._finish_scored(row, error)
+            self.outcomes.finish_scored(row, error)
         self.roster.shed(self.settings.max_sequences)
         generated = len(result.tokens) - before
         self.recorder.add(steps=1, rows=len(work), prompt_tokens=known, generated_tokens=generated)
-
-    def _take(self, result: StepResult, row: Row, sampled: SampleResult, i: int) -> bool:
-        """Append the token that was drawn for `row`; whether it goes on. An error ends the request alone."""
-        if row.finish_reason:
-            return False
-        if sampled.errors[i] is not None:
-            self.roster.end(row.request, "error", sampled.errors[i])
-            return False
-        before = len(row.output_ids)
-        try:
-            append_drawn(row, sampled, i)
-            finished = check_finished(row, self.decode)
-        except Exception as error:
-            self.roster.end(row.request, "error", error)
-            return False
-        except BaseException:
-            row.shorten(before)
-            raise
-        result.tokens.append((row, row.tokens[-1]))
-        return not finished
-
-    def _set_aside(self, drawings: list[Drawing], logits: torch.Tensor) -> list[Drawing]:
-        """Of rows with drafts those whose last token has numbers that are not finite are computed again, before others
-        can share them; the rest."""
-        spoilt = {d for d in drawings if d.proposal is not None and not logits[d.line].amax().isfinite()}
-        for drawing in spoilt:
-            self._compute_again(drawing.row)
-        return [drawing for drawing in drawings if drawing not in spoilt]
-
-    def _compute_again(self, row: Row) -> None:
-        """A draft whose numbers are not finite may spoil those of tokens beside it: the request goes on without."""
-        self.drafting.ended(row)
-        row.request.speculator = None
-        if row.sequence is not None:
-            self.roster.preempt(row, good=False)
-
-    def _finish_scored(self, row: Row, error: Exception | None) -> None:
-        """End a row that has all its scores, or fails."""
-        if error is not None:
-            self.roster.end(row.request, "error", error)
-            return
-        row.finish_reason = "scored"
-        self._finish(row)
-
-    def _finish(self, row: Row) -> None:
-        """End a row that has a finish reason; an error of its door ends the request alone."""
-        try:
-            if row.hooks.closing is not None:
-                row.hooks.closing(row)
-        except Exception as error:
-            row.request.error = error
-            self.roster.end(row.request, "error", error)
-            return
-        if self.optimum is not None:
-            self.optimum.finish(row)
-        self.drafting.ended(row)
-        self.roster.finish(row)

@@ -155,7 +155,8 @@ class Row:
 class Request:
     """A prompt and the rows that continue it. `ended`: all of them are finished, or it was cancelled or failed.
 
-    `on_end` is called with the request when it ends. `speculator` drafts for it. With `scoring` it generates nothing.
+    `ending` says why it ends before its rows do, once that has begun. `on_end` is called with the request when it ends.
+    `speculator` drafts for it. With `scoring` it generates nothing.
     """
 
     request_id: str
@@ -168,6 +169,7 @@ class Request:
     rows: list[Row] = field(default_factory=list)
     prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
     error: Exception | None = None
+    ending: str | None = None
     ended: bool = False
     on_end: Callable[[Request], None] | None = None
     speculator: Speculator | None = None

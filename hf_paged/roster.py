@@ -48,15 +48,15 @@ class Roster:
     # -- requests
 
     def add(self, request: Request) -> None:
-        """Queue a new request."""
-        self.requests[request.request_id] = request
+        """Queue a new request. It is known last: what is known is put back in its place after an interrupt."""
         self._wait(request.rows[0])
+        self.requests[request.request_id] = request
 
     def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """End all rows of a request that are not finished. One that has ended stays as it is."""
         if request.ended:
             return
-        request.error = error
+        request.error, request.ending = error, reason
         for row in request.rows:
             self._release(row)
             self._unwait(row)
@@ -162,10 +162,10 @@ class Roster:
         """
         doubt = False
         for request in list(self.requests.values()):
-            if request.error is not None:  # its end was interrupted
-                doubt = True
+            if request.error is not None or request.ending is not None:  # its end was interrupted
+                doubt |= request.error is not None
                 for row in request.rows:
-                    row.finish_reason = row.finish_reason or "error"
+                    row.finish_reason = row.finish_reason or request.ending or "error"
             if request.finished:
                 self._report(request)
         rows = [row for request in self.requests.values() for row in request.rows]

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_paged.engine import CoreSettings, EngineCore
+from hf_paged.config import CoreSettings
+from hf_paged.engine import EngineCore
+from hf_paged.kernels.rows import ALL
 from hf_paged.params import SamplingParams
 from hf_paged.plan import StepPlan
 from hf_paged.request import Request, RowHooks
 from hf_paged.sampling import SamplingRow, sample
 from hf_paged.scoring import Scoring
+from hf_paged.speculation.draft_model import DraftModel
 from hf_paged.store import KVStore, LayerShape
 
 VOCAB = 23
@@ -46,11 +49,12 @@ class ToyForward:
     """Plan → logits. Writes token ids and positions to the pages, then reads each row's history from them.
 
     What it is told (`token_ids`, `positions`) is held against what it reads. `before` and `after` are called with the
-    plan, before anything is written and before the logits are given back.
+    plan, before anything is written and before the logits are given back. Behind every `odd`-th prefix it has other
+    logits, as a draft model has.
     """
 
-    def __init__(self, store: KVStore) -> None:
-        self.store, self.core = store, None
+    def __init__(self, store: KVStore, odd: int = 0) -> None:
+        self.store, self.core, self.odd = store, None, odd
         self.before: Callable[[StepPlan], None] | None = None
         self.after: Callable[[StepPlan], None] | None = None
         self.plans: list[StepPlan] = []
@@ -73,7 +77,8 @@ class ToyForward:
     def _check(self, plan: StepPlan) -> None:
         rows, slots = plan.rows, plan.rows.slots.numpy()
         assert plan.tokens == int(rows.query_lens.sum()) == len(slots) == len(set(slots.tolist()))
-        assert (rows.query_lens[: rows.num_decodes] == 1).all() and (rows.query_lens[rows.num_decodes :] > 1).all()
+        assert (rows.query_lens[: rows.num_decodes] == 1).all()
+        assert rows.tree is not None or (rows.query_lens[rows.num_decodes :] > 1).all()
         if self.core is not None:
             pool = self.core.memory.pool
             assert all(pool.count(page) == 1 for page in set((slots // self.store.page_size).tolist()))
@@ -81,25 +86,43 @@ class ToyForward:
             assert len(rows.query_lens) <= self.core.settings.max_sequences
 
     def _read(self, plan: StepPlan, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        size, hashes, at = self.store.page_size, [], 0
+        size, hashes, at, tree = self.store.page_size, [], 0, plan.rows.tree
         for row, (count, context) in enumerate(zip(plan.rows.query_lens, plan.rows.context_lens, strict=True)):
             places = np.arange(context)
             pages = plan.rows.page_table[row][places // size]
             assert (pages > 0).all()
             history, order = keys[pages, places % size], values[pages, places % size]
-            assert (order == places + 1).all(), f"row {row} reads positions {order - 1}"
             told = plan.token_ids[at : at + count].numpy()
-            assert (plan.positions[at : at + count].numpy() == places[context - count :]).all()
-            poisoned = np.isnan(history)
-            history[poisoned] = POISON + 1
-            assert (history[context - count :] == told + 1).all()
-            poisoned = poisoned.cumsum() > 0
-            known = prefix_hashes((history - 1).astype(int).tolist())[context - count :]
-            hashes += [None if bad else h for h, bad in zip(known, poisoned[context - count :], strict=True)]
+            assert (np.where(np.isnan(history), POISON + 1, history)[context - count :] == told + 1).all()
+            if tree is not None and tree.visible[at] != ALL:
+                for query in range(at, at + count):
+                    seen = seen_in_tree(int(tree.base[query]), int(tree.visible[query]))
+                    hashes += self._behind(history[seen], order[seen], plan.positions[query : query + 1].numpy())
+            else:
+                hashes += self._behind(history, order, plan.positions[at : at + count].numpy())
             at += count
         nan = np.full(VOCAB, np.nan, np.float32)
-        found = [nan if hashes[at] is None else toy_logits(hashes[at]) for at in plan.logits_at.tolist()]
+        found = [nan if hashes[at] is None else self._logits(hashes[at]) for at in plan.logits_at.tolist()]
         return np.stack(found) if found else np.zeros((0, VOCAB), np.float32)
+
+    def _logits(self, prefix_hash: int) -> np.ndarray:
+        return toy_logits(prefix_hash + (self.odd and prefix_hash % self.odd == 0))
+
+    @staticmethod
+    def _behind(history: np.ndarray, order: np.ndarray, positions: np.ndarray) -> list[int | None]:
+        """Hashes of the prefixes that end at `positions`, the last places of `history`; None where it is poisoned."""
+        places = np.arange(len(history))
+        assert (order == places + 1).all(), f"positions {order - 1} are read"
+        assert (positions == places[len(places) - len(positions) :]).all()
+        poisoned = np.isnan(history)
+        known = prefix_hashes((np.where(poisoned, POISON + 1, history) - 1).astype(int).tolist())
+        behind = zip(known, poisoned.cumsum() > 0, strict=True)
+        return [None if bad else value for value, bad in behind][len(places) - len(positions) :]
+
+
+def seen_in_tree(base: int, visible: int) -> list[int]:
+    """Slots that a query sees where drafts branch, see `TreeMask`."""
+    return [*range(base), *(base + bit for bit in range(63) if visible >> bit & 1)]
 
 
 def toy_decode(ids: Sequence[int]) -> str:
@@ -130,6 +153,12 @@ def toy_core(
     forward = ToyForward(store)
     forward.core = core = EngineCore(forward, store, settings, **arguments)
     return core
+
+
+def toy_drafter(core: EngineCore, odd: int = 3) -> DraftModel:
+    """A draft model for a toy core, with other logits than the target's behind every `odd`-th prefix."""
+    store = KVStore([LayerShape(1, 1, 1)], core.store.num_pages, core.store.page_size)
+    return DraftModel(ToyForward(store, odd), store, store.num_pages, store.page_size)
 
 
 def run(core: EngineCore, limit: int = 20_000) -> list[Request]:

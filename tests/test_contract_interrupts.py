@@ -129,6 +129,23 @@ def test_interrupts_anywhere(model, batch):
     assert generate(model, batch, **settings).tolist() == wanted
 
 
+def test_interrupts_while_a_change_of_weights_is_noticed(batch):
+    """KV that was computed with other weights is never used, wherever the look at them is broken off."""
+    model, chance, wanted = tiny_llama(), random.Random(3), {}
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    for factor in (4.0, 0.25):
+        weight.data.mul_(factor)
+        wanted[factor] = plain(model, batch)
+    assert wanted[4.0] != wanted[0.25]
+    generate(model, batch)
+    for turn in range(60):
+        factor = (4.0, 0.25)[turn % 2]
+        weight.data.mul_(factor)
+        interrupted_at(chance.randrange(1, 900), lambda: generate(model, batch))
+        assert generate(model, batch).tolist() == wanted[factor], turn
+        assert_clean(model)
+
+
 @pytest.mark.parametrize("make", [tiny_llama, tiny_neox])
 def test_interrupts_of_a_first_call(make, batch):
     """While the model is looked at and its engine is made."""

@@ -3,13 +3,18 @@
 from dataclasses import replace
 
 import pytest
-from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core, toy_scores
+from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core, toy_drafter, toy_scores
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged.params import SamplingParams
 from hf_paged.scoring import Scoring, ScoringError
+from hf_paged.speculation.config import SpeculationConfig
+
+DRAFTING_PLACES = [f"drafting.{name}" for name in ("propose", "settle", "_reserve", "_clean", "ended", "tidy")]
+DRAFTING_PLACES += [f"toy_drafter.{name}" for name in ("forward", "propose", "taken", "copied", "settle", "tidy")]
+DRAFTING_PLACES += ["store.move", "memory.rollback", "outcomes.take"]
 
 
 def fail(*_):
@@ -43,13 +48,14 @@ def parameters(draw):
     return SamplingParams(**given)
 
 
-PLACES = ["memory.reserve", "memory.commit", "memory.open", "roster.finish", "roster.preempt", "decode"]
+PLACES = ["memory.reserve", "memory.commit", "memory.open", "roster.finish", "roster.preempt", "outcomes.decode"]
 PLACES += [f"memory.prefixes.{name}" for name in ("enter", "leave", "extend", "end", "discard", "evict", "_add")]
 PLACES += [f"memory.pool.{name}" for name in ("share", "release", "keep", "drop")]
+PLACES += [f"roster.{name}" for name in ("_release", "_wait", "_unwait", "_report")] + ["memory.close", "store.scrub"]
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Submit, step, cancel, and let the model or an interrupt break off a step, at random."""
+    """Submit, step, cancel, forget, and let the model or an interrupt break that off, at random."""
 
     @initialize(
         num_pages=st.integers(1, 15),
@@ -66,6 +72,11 @@ class EngineMachine(RuleBasedStateMachine):
         self.requests = []
         self.most = num_pages * page_size + 1
 
+    places = PLACES
+
+    def speculator(self):
+        return None
+
     @rule(
         prompt=st.one_of(
             st.lists(st.sampled_from([*range(6), POISON]), max_size=20),
@@ -77,7 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
     def submit(self, prompt, params, seed):
         fits = len(prompt) > 0 and len(prompt) + params.max_tokens <= self.most
         try:
-            self.requests.append(self.core.submit(prompt, params, seed=seed))
+            self.requests.append(self.core.submit(prompt, params, seed=seed, speculator=self.speculator()))
         except ValueError:
             assert not fits
         else:
@@ -132,17 +143,24 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(self.core.forward.plans) == planned
         setattr(self.core.forward, when, None)
 
+    @rule()
+    def forget(self):
+        self.core.forget()
+
     @precondition(lambda self: self.core.busy)
     @rule(
         at=st.integers(1, 4),
-        place=st.sampled_from(PLACES),
+        number=st.integers(0, 999),
+        doing=st.sampled_from(["step", "step", "step", "cancel", "forget"]),
+        which=st.integers(0, 9),
     )
-    def interrupted(self, at, place):
+    def interrupted(self, at, number, doing, which):
+        place = self.places[number % len(self.places)]
         owner, name = self.core, place
         if "." in place:
             *parts, name = place.split(".")
             for part in parts:
-                owner = getattr(owner, part)
+                owner = getattr(owner, part, None)
             if owner is None:
                 return
         original, left = getattr(owner, name), [at]
@@ -153,9 +171,13 @@ class EngineMachine(RuleBasedStateMachine):
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
+        request = self.core.requests[which % len(self.core.requests)]
         setattr(owner, name, call)
         try:
-            self.core.step()
+            if doing == "cancel":
+                self.core.cancel(request.request_id)
+            else:
+                getattr(self.core, doing)()
         except KeyboardInterrupt:
             pass
         finally:
@@ -212,10 +234,40 @@ def compare(request, expected):
         assert [o.token_ids for o in outputs] == [o.token_ids for o in others]
 
 
+class DraftingMachine(EngineMachine):
+    """The same with drafts, right and wrong ones, in chains and trees."""
+
+    places = [*PLACES, *DRAFTING_PLACES]
+
+    @initialize(
+        odd=st.sampled_from([0, 2, 3]),
+        method=st.sampled_from(["draft", "draft", "suffix", "lookup", "auto"]),
+        width=st.integers(1, 3),
+        depth=st.sampled_from([1, 3, 6]),
+    )
+    def speculate(self, odd, method, width, depth):
+        self.given = SpeculationConfig(method=method, adaptive=False, max_draft_tokens=depth, tree_width=width), odd
+
+    def speculator(self):
+        config, odd = self.given
+        if not self.core.drafting.speculators and config.method in ("draft", "auto"):
+            self.core.toy_drafter = toy_drafter(self.core, odd)
+        return self.core.drafting.speculator(config, getattr(self.core, "toy_drafter", None))
+
+
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+TestDraftingMachine = DraftingMachine.TestCase
+TestDraftingMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.slow
 class TestEngineMachineLong(EngineMachine.TestCase):
     settings = settings(max_examples=1500, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.slow
+class TestDraftingMachineLong(DraftingMachine.TestCase):
+    settings = settings(max_examples=500, stateful_step_count=50, deadline=None)

@@ -213,7 +213,7 @@ def test_a_small_pool_serves_a_list_depth_first():
     rng.shuffle(texts)
     core = toy_core(num_pages=16, max_sequences=2, prefix_caching=True, track_optimum=True)
     requests = [core.submit(text, greedy(1), seed=0) for text in texts]
-    core.roster.arrange(requests)
+    core.arrange(requests)
     run(core)
     stats = core.stats()
     assert stats.evictions > 0 and stats.cached_tokens >= 0.98 * stats.optimal_tokens

@@ -20,7 +20,7 @@ from hf_paged.speculation.universal import UniversalDraft
 from hf_paged.store import KVStore
 
 if TYPE_CHECKING:
-    from hf_paged.integrations.engine import Engine
+    from hf_paged.integrations.model_engine import ModelEngine
 
 logger = logging.getLogger("hf_paged")
 
@@ -51,7 +51,7 @@ def speculation_settings(
 
 
 def make_drafter(
-    engine: Engine,
+    engine: ModelEngine,
     config: SpeculationConfig,
     draft_model: nn.Module | None,
     tokenizers: Pair | None,
@@ -87,7 +87,7 @@ def make_drafter(
     return made
 
 
-def _translates(engine: Engine, draft: nn.Module, tokenizers: Pair | None) -> bool:
+def _translates(engine: ModelEngine, draft: nn.Module, tokenizers: Pair | None) -> bool:
     """Whether what `draft` says must be put into the target's tokens: where the same ids are not the same to both."""
     if tokenizers is None:
         return False
@@ -98,12 +98,12 @@ def _size(draft: nn.Module) -> int:
     return draft.get_input_embeddings().weight.shape[0]
 
 
-def _draft_model(engine: Engine, ref: weakref.ref[nn.Module]) -> DraftModel:
+def _draft_model(engine: ModelEngine, ref: weakref.ref[nn.Module]) -> DraftModel:
     forward, store = _own_forward(engine, ref, model_facts(ref()))
     return DraftModel(forward, store, store.num_pages, store.page_size, **_common_settings(engine))
 
 
-def _universal_draft(engine: Engine, ref: weakref.ref[nn.Module], tokenizers: Pair) -> UniversalDraft:
+def _universal_draft(engine: ModelEngine, ref: weakref.ref[nn.Module], tokenizers: Pair) -> UniversalDraft:
     own = model_facts(ref())
     forward, store = _own_forward(engine, ref, own)
     target, draft = vocabularies(tokenizers, (engine.facts.vocab_size, own.vocab_size))
@@ -111,19 +111,19 @@ def _universal_draft(engine: Engine, ref: weakref.ref[nn.Module], tokenizers: Pa
     return UniversalDraft(forward, store, target, draft, longest, **_common_settings(engine))
 
 
-def _own_forward(engine: Engine, ref: weakref.ref[nn.Module], own: ModelFacts) -> tuple[PagedForward, KVStore]:
+def _own_forward(engine: ModelEngine, ref: weakref.ref[nn.Module], own: ModelFacts) -> tuple[PagedForward, KVStore]:
     """A draft model's forward, over as many pages as the target has."""
     verify_forward(ref(), own)
     store = KVStore(list(own.layers), engine.store.num_pages, engine.config.page_size, own.dtype, own.device)
     return PagedForward(ref, store, engine.config.backend), store
 
 
-def _common_settings(engine: Engine) -> dict[str, Any]:
+def _common_settings(engine: ModelEngine) -> dict[str, Any]:
     settings = engine.core.settings
     return {"device": engine.facts.device, "backend": settings.backend, "most": settings.max_batch_tokens}
 
 
-def _layer_skip(engine: Engine, layers: int) -> DraftModel:
+def _layer_skip(engine: ModelEngine, layers: int) -> DraftModel:
     forward, total = EarlyExit(engine, layers), len(engine.facts.layers)
     require(
         layers < total, "early_exit", layers, f"1 to {total - 1}, fewer than the model's layers", "SpeculationConfig"
@@ -138,7 +138,7 @@ class EarlyExit:
     After Elhoushi et al., "LayerSkip", ACL 2024.
     """
 
-    def __init__(self, engine: Engine, layers: int) -> None:
+    def __init__(self, engine: ModelEngine, layers: int) -> None:
         self.engine, self.layers = engine, layers
         self.refresh()
 
@@ -163,7 +163,7 @@ class EarlyExit:
             config.num_hidden_layers = before
 
 
-def check_draft(draft: nn.Module, engine: Engine) -> None:
+def check_draft(draft: nn.Module, engine: ModelEngine) -> None:
     """Whether `draft` can draft for the engine's model.
 
     Raises:
@@ -180,7 +180,7 @@ def check_draft(draft: nn.Module, engine: Engine) -> None:
         logger.warning("draft_model=%s has %d parameters, the model %d: drafting with it can hardly pay", name, *sizes)
 
 
-def check_vocabulary(draft: nn.Module, engine: Engine) -> None:
+def check_vocabulary(draft: nn.Module, engine: ModelEngine) -> None:
     """Whether `draft` has as many tokens as the engine's model.
 
     Raises:

@@ -70,7 +70,7 @@ class ScoringRun:
                     continue
                 request.on_end = self._ended.append
                 self._pending[request] = members
-            self.engine.core.roster.arrange(list(self._pending))
+            self.engine.core.arrange(list(self._pending))
 
     def _groups(self) -> dict[tuple, list[int]]:
         """Pairs that differ in their last token only: one row of logits serves them. Those that are refused are not

@@ -64,22 +64,29 @@ class Validity:
 
     Args:
         model: function that gives the model.
+
+    Attributes:
+        known: the model as it was at the last look.
+        stale: whether it has changed since KV was last forgotten. Who has forgotten it sets this to False.
     """
 
     def __init__(self, model: Callable[[], nn.Module]) -> None:
         self.model = model
         self.known = Fingerprint(model())
+        self.stale = False
         self.rest()
 
     def begin(self) -> bool:
-        """Look at the whole model: whether it changed since the last look."""
-        before, self.known = self.known, Fingerprint(self.model())
+        """Look at the whole model: whether it changed since KV was last forgotten."""
+        seen = Fingerprint(self.model())
+        self.stale = self.stale or self.known != seen  # first: an interrupt may come between any two lines
+        self.known = seen
         self._watch()
-        return before != self.known
+        return self.stale
 
     def step(self) -> bool:
         """Look at a little of it, between two steps: whether it changed. On CUDA only counted writes are seen."""
-        return not self.known.placed_as_before() or _read(self._views) != self._sampled
+        return self.stale or not self.known.placed_as_before() or _read(self._views) != self._sampled
 
     def rest(self) -> None:
         """Nothing runs: hold on to no weight."""

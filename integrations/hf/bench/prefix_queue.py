@@ -58,7 +58,7 @@ def run_queue(
     params = SamplingParams(temperature=0.0, max_tokens=1)
     requests = [core.submit(prompt, params, seed=0) for prompt in prompts]
     if free_order:
-        core.roster.arrange(requests)
+        core.arrange(requests)
     hits = 0
     while core.has_work:
         hits += sum(request.metrics.cached_tokens for request in core.step().finished)
