@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,26 @@ class StepPlan:
     @property
     def tokens(self) -> int:
         return self.token_ids.shape[0]
+
+    def wanted(self) -> PagedRows:
+        """What attention must know of the tokens at `logits_at` alone, in their order. On a CPU: it waits for them."""
+        rows, at = self.rows, self.logits_at.numpy()
+        counts = np.bincount(np.searchsorted(rows.query_lens.cumsum(), at, "right"), minlength=len(rows.query_lens))
+        kept = np.flatnonzero(counts)
+        counts, tree = counts[kept], rows.tree
+        if tree is not None:
+            tree = TreeMask(tree.visible[at], tree.base[at], tree.positions[at])
+        several = counts > 1 if tree is None else (counts > 1) | (tree.visible[counts.cumsum() - counts] != ALL)
+        return replace(
+            rows,
+            num_decodes=int(several.argmax()) if several.any() else len(kept),
+            query_lens=counts,
+            context_lens=rows.context_lens[kept],
+            page_table=rows.page_table[kept],
+            slots=rows.slots[self.logits_at],
+            tree=tree,
+            _derived={},
+        )
 
 
 def build_plan(

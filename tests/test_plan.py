@@ -1,13 +1,18 @@
 """The packed inputs of a step."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import make, random_case
 
+from hf_paged.kernels import paged_attention
+from hf_paged.kernels.rows import ALL
 from hf_paged.memory import Memory
-from hf_paged.plan import PlanRow, build_plan
+from hf_paged.plan import PlanRow, StepPlan, build_plan
 
 
 def planned(memory, tokens, computed, count, logits=1):
@@ -96,3 +101,24 @@ def test_derived_values_are_made_once():
     for _ in range(3):
         plan.rows.derived("key", lambda: made.append(1))
     assert plan.rows.derived("other", lambda: 7) == 7 and made == [1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_wanted_rows_attend_as_all_of_them_do(seed):
+    """Of decodes, chunks and trees the last tokens alone, and rows of which none is wanted."""
+    rng = np.random.default_rng(seed)
+    step = make(random_case(rng, ["any", "tree", "decode", "extend"][seed % 4], longest=40, dims=(8, 16)))
+    lens, tree = step.rows.query_lens, step.rows.tree
+    ends = lens.cumsum()
+    branches = np.zeros(len(lens), bool)
+    if tree is not None:
+        branches = (lens > 0) & (np.append(tree.visible, ALL)[ends - lens] != ALL)
+    counts = np.where(branches, lens, np.minimum(rng.integers(0, 4, len(lens)), lens))
+    at = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    if not len(at):
+        return
+    at = torch.from_numpy(at)
+    tokens = torch.zeros(int(lens.sum()), dtype=torch.long)
+    plan = StepPlan(tokens, tokens, at, replace(step.rows, slots=tokens, _derived={}))
+    got = paged_attention(step.query[at], step.keys, step.values, plan.wanted(), **step.options)
+    torch.testing.assert_close(got, step.expected()[at], atol=2e-5, rtol=2e-5)

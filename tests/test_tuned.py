@@ -157,3 +157,8 @@ def test_attention_with_measured_tiles(tune, kept):
 def test_the_command_needs_a_gpu():
     result = CliRunner().invoke(app, ["tune"])
     assert result.exit_code == 2 and "needs a GPU" in result.stderr
+
+
+def test_info_says_where_tiles_come_from(tune, kept):
+    told = CliRunner().invoke(app, ["info", "--backend", "triton"])
+    assert told.exit_code == 0 and f"1 measured, in {kept}" in told.stdout

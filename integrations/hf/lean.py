@@ -144,13 +144,12 @@ class LeanForward:
         rotation = self.between.rotation(cos[0], sin[0])
         last, wanted = len(self.layers) - 1, len(plan.logits_at)
         for index, layer in enumerate(self.layers):
-            mixed = self._attention(index, layer, ops, hidden, rotation, slots, plan)
-            mixed = F.pad(mixed, (0, 0, 0, spare)) if spare else mixed
-            if index == last and wanted < plan.tokens:
-                # Nothing reads the other tokens any more: their KV is stored.
+            few = index == last and wanted < plan.tokens
+            mixed = self._attention(index, layer, ops, hidden, rotation, slots, plan, few)
+            if few:  # nothing reads the other tokens any more: their KV is stored
                 ops, spare = self._products(wanted)
-                at = F.pad(plan.logits_at, (0, spare))
-                hidden, mixed = hidden[at], mixed[at]
+                hidden = hidden[F.pad(plan.logits_at, (0, spare))]
+            mixed = F.pad(mixed, (0, 0, 0, spare)) if spare else mixed
             hidden = ops.add(mixed, layer.attention.o_proj, hidden)
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
             hidden = ops.add(ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
@@ -197,19 +196,28 @@ class LeanForward:
         return PackedLinear(single, blocks, ops)  # the head is read as it is: a copy gains little
 
     def _attention(
-        self, index: int, layer: Layer, ops: TorchLinear, hidden, rotation, slots, plan: StepPlan
+        self, index: int, layer: Layer, ops: TorchLinear, hidden, rotation, slots, plan: StepPlan, few: bool
     ) -> torch.Tensor:
-        """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV."""
+        """Attention of one layer before its output projection, `[tokens, heads * head_dim]`; stores KV.
+
+        Args:
+            few: of the tokens at `plan.logits_at` alone.
+        """
         attention, tokens, dim = layer.attention, hidden.shape[0], self.head_dim
         normed = self.between.rms_norm(hidden, layer.norm)
         query, key, value = (part.view(tokens, -1, dim) for part in ops.heads(normed, attention))
         norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
         pages = self.store.keys[index], self.store.values[index]
         query, key = self.between.rotate_and_store(query, key, value, rotation, pages, slots, plan.rows, norms)
-        n = plan.tokens
-        fresh = (key[:n], value[:n])
-        out = paged_attention(query[:n], *pages, plan.rows, scale=self.scale, window=layer.window, fresh=fresh)
-        return out.view(n, -1)
+        rows, fresh = plan.rows, (key[: plan.tokens], value[: plan.tokens])
+        trimmed = few and self.rounds  # on a GPU the host would wait for `logits_at`
+        if trimmed and not len(plan.logits_at):
+            return query.new_empty(0, query.shape[1] * dim)
+        if trimmed:
+            query, rows, fresh = query[plan.logits_at], plan.wanted(), None
+        out = paged_attention(query[: plan.tokens], *pages, rows, scale=self.scale, window=layer.window, fresh=fresh)
+        out = out.view(len(out), -1)
+        return out[plan.logits_at] if few and not trimmed else out
 
 
 def _spare(lines: int) -> int:
