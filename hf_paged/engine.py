@@ -172,7 +172,10 @@ class EngineCore:
         return next(name for name in names if name not in self.roster.requests)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request now; its pages are free when this returns, or raises. False: no such request is under way."""
+        """End a request now; its pages are free when this returns. False: no such request is under way.
+
+        After an interrupt in here it has ended, or goes on.
+        """
         request = self.roster.requests.get(request_id)
         if request is None:
             return False

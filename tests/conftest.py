@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import hf_paged
 from hf_paged.integrations.registry import REGISTRY
 
 torch.set_num_threads(1)  # tiny tensors: more threads only cost time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins with it ignored
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 PAD, BOS = 0, 1
