@@ -111,20 +111,15 @@ class _Finder:
         self.own[queries] = before + np.arange(1, count + 1)
 
     def _segment(self, rows: list[int], begin: int, end: int) -> int:
-        if end - begin < LEAST_SLOTS:
-            return begin
+        """Slots `begin` to `end` for all queries of `rows`, if that pays. Returns the first that is in no segment."""
         first, lens = self.start[rows], self.lens[rows]
+        if end - begin < LEAST_SLOTS or lens.sum() < LEAST_QUERIES:
+            return begin
         ends = lens.cumsum()
         # Of each row its first query and those after it.
         queries = (first - ends + lens).repeat(lens) + np.arange(int(ends[-1]))
-        return self._add(rows[0], begin, end, queries)
-
-    def _add(self, line: int, begin: int, end: int, queries: np.ndarray) -> int:
-        """Slots `begin` to `end` for `queries`, if that pays. Returns the first slot that is in no segment."""
-        if end - begin < LEAST_SLOTS or len(queries) < LEAST_QUERIES:
-            return begin
         self.own[queries] = end
-        self._note(line, begin, end, queries, 0)
+        self._note(rows[0], begin, end, queries, 0)
         return end
 
     def _note(self, line: int, begin: int, end: int, queries: np.ndarray, causal: int) -> None:
