@@ -212,11 +212,13 @@ class PrefixCache:
         for node in chain(self.tree.roots(), self.tree):
             node.tails = None
         for sequence in sequences:
-            if sequence.shared:
-                if self._changing or sequence.node is None:
-                    sequence.node, sequence.found = self.tree.root(sequence.salt), 0
-                self.enter(sequence, sequence.node)
-                self.step_back(sequence)
+            if not sequence.shared:  # an interrupt may have come before it left its node
+                sequence.node = None
+                continue
+            if self._changing or sequence.node is None:
+                sequence.node, sequence.found = self.tree.root(sequence.salt), 0
+            self.enter(sequence, sequence.node)
+            self.step_back(sequence)
         for node in list(self.tree):
             if node.use is None and not node.children:  # its sequence may be gone
                 self.tree.touch(node)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core, toy_drafter, toy_scores
-from hypothesis import settings
+from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -156,6 +156,7 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def interrupted(self, at, number, doing, which):
         place = self.places[number % len(self.places)]
+        note(f"interrupted at {place}")
         owner, name = self.core, place
         if "." in place:
             *parts, name = place.split(".")
