@@ -75,11 +75,11 @@ class Drafting:
         for drafter in self.drafters:
             drafter.taken(pages)
 
-    def copied(self, copies: list[PageCopy], sequence: Sequence) -> None:
-        """Pages of `sequence` were copied."""
+    def copied(self, copies: list[PageCopy]) -> None:
+        """Pages were copied."""
         if copies and self.speculators:
             for drafter in self.drafters:
-                drafter.copied(copies, sequence.computed % self.memory.page_size or self.memory.page_size)
+                drafter.copied(copies)
 
     def forget(self) -> None:
         """The model is not what it was."""
@@ -142,7 +142,7 @@ class Drafting:
         except OutOfPages:
             return False
         self.store.copy(copies)
-        self.copied(copies, planned.sequence)
+        self.copied(copies)
         return True
 
     # -- behind it

@@ -300,7 +300,7 @@ class EngineCore:
             try:
                 if work.pages:
                     made = self.memory.reserve(row.sequence, count)
-                    self.drafting.copied(made, row.sequence)
+                    self.drafting.copied(made)
                     copies += made
             except OutOfPages:
                 continue

@@ -18,10 +18,14 @@ from hf_paged.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """KV of page `source` must be copied to page `target` before the next write."""
+    """KV of page `source` must be copied to page `target` before the next write.
+
+    Its first `valid` slots: what lies behind them is another sequence's, and may hold anything.
+    """
 
     source: int
     target: int
+    valid: int
 
 
 class Memory:
@@ -146,8 +150,9 @@ class Memory:
             source = sequence.pages[index]
             sequence.pages[index] = page
             self.pool.release(source)
-            if index * self.page_size < sequence.computed:
-                copies.append(PageCopy(source, page))
+            valid = min(sequence.computed - index * self.page_size, self.page_size)
+            if valid > 0:
+                copies.append(PageCopy(source, page, valid))
         sequence.pages.extend(taken[len(shared) :])
         return copies
 

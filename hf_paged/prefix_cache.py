@@ -168,13 +168,14 @@ class PrefixCache:
         self._changing = False
 
     def _remove(self, node: Node) -> None:
-        """Give up `node` and all below. Sequences that run there begin anew at the root: what they add may be good."""
+        """Give up `node` and all below. Sequences that run there go on behind its parent: what they add may be good."""
+        above = node.parent
         for gone in self.tree.remove(node):
             self.pool.drop(gone.page)
             for other in list(gone.tails or ()):
-                other.found = 0
+                other.found = min(other.found, above.depth)
                 self.leave(other)
-                self.enter(other, self.tree.root(other.salt))
+                self.enter(other, above)
 
     def evict(self, count: int) -> None:
         """Give up to `count` idle pages to the pool, those least likely to be used first."""

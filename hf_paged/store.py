@@ -76,17 +76,20 @@ class KVStore:
         return self.page_bytes(self.layers, self.page_size, self.dtype)
 
     def copy(self, copies: list[PageCopy]) -> None:
-        """Carry out page copies in all layers."""
+        """Carry out page copies in all layers; zeros go behind what is valid: it may not be finite."""
         if not copies:
             return
-        sources, targets = [c.source for c in copies], [c.target for c in copies]
+        sources, targets, valid = zip(*((c.source, c.target, c.valid) for c in copies), strict=True)
         if self.keys[0].device.type == "cpu":
             for numbers in self._arrays():
-                numbers[targets] = numbers[sources]
+                numbers[list(targets)] = numbers[list(sources)]
+                for target, length in zip(targets, valid, strict=True):
+                    numbers[target, :, length:] = 0
             return
-        source, target = (torch.tensor(pages, device=self.keys[0].device) for pages in (sources, targets))
-        for tensor in (*self.keys, *self.values):
-            raw(tensor).index_copy_(0, target, raw(tensor).index_select(0, source))
+        source, target, length = torch.tensor([sources, targets, valid]).to(self.keys[0].device)
+        behind = (torch.arange(self.page_size, device=source.device) >= length[:, None])[:, None, :, None]
+        for tensor in map(raw, (*self.keys, *self.values)):
+            tensor.index_copy_(0, target, tensor.index_select(0, source).masked_fill_(behind, 0))
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy slots (`page * page_size + offset`, int64 `[n]`) in all layers; all are read before any is written."""

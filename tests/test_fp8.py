@@ -110,7 +110,7 @@ def test_pages_are_copied_moved_and_wiped():
     assert store.bytes_per_page * 4 == KVStore([LayerShape(2, 4, 4)] * 2, 6, 4).bytes_per_page
     from hf_paged.memory import PageCopy
 
-    store.copy([PageCopy(1, 3)])
+    store.copy([PageCopy(1, 3, 4)])
     store.move(np.array([4, 5]), np.array([8, 9]))
     first = raw(store.keys[1])
     assert torch.equal(first[3], first[1]) and torch.equal(first[2, :, :2], first[1, :, :2])

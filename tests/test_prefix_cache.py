@@ -1,12 +1,27 @@
 """Prefixes shared through the engine core: computed once, never wrong, never leaked."""
 
 import random
+from contextlib import suppress
 
 import pytest
-from engine_helpers import GREEDY, POISON, assert_as_alone, assert_idle, prompts, run, tokens_of, toy_core
+import torch
+from engine_helpers import (
+    GREEDY,
+    POISON,
+    assert_as_alone,
+    assert_finite,
+    assert_idle,
+    prompts,
+    run,
+    tokens_of,
+    toy_core,
+)
 
+from hf_paged.memory import Memory, PageCopy
 from hf_paged.ordering import depth_first
 from hf_paged.params import SamplingParams
+from hf_paged.scoring import Scoring
+from hf_paged.store import KVStore, LayerShape
 from hf_paged.tier_host import HostTier
 
 (HEADER,) = prompts(41, seed=5)
@@ -259,3 +274,73 @@ def test_pages_come_back_from_a_second_tier():
     run_again = tiered.submit(texts[0], greedy(), seed=0)
     run(tiered)
     assert tiered.stats().restored_tokens == before and tokens_of(run_again)
+
+
+def test_who_stands_behind_pages_that_went_wrong_goes_on_above_them():
+    """What it computed before them can be evicted once nobody holds it, and goes when it turns out bad as well."""
+    for keep in (True, False):
+        memory = Memory(16, 1, prefix_caching=True)
+        first = memory.open([0, 2, 21, 5], shared=True)
+        memory.reserve(first, 3)
+        memory.commit(first, 3)
+        text = [0, 2, 21, 7]
+        second = memory.open(text, shared=True, found=memory.find(text[:3]))
+        memory.reserve(second, 1)
+        memory.commit(second, 1)
+        memory.close(second, keep=False)  # its third page is the first one's too
+        memory.check()
+        assert first.node.depth == 2
+        memory.close(first, keep=keep)
+        memory.check()
+        assert memory.available == 16 and memory.find(text).length == (3 if keep else 0)
+
+
+def test_what_lies_behind_a_copied_part_of_a_page_is_not_taken_along():
+    """It may be another text's that went wrong, and whose end was broken off."""
+    store = KVStore([LayerShape(1, 1, 1)], 4, 4)
+    store.keys[0][1, 0, :, 0] = torch.tensor([1.0, 2.0, float("nan"), 4.0])
+    store.copy([PageCopy(1, 2, 2), PageCopy(1, 3, 4)])
+    assert store.keys[0][2, 0, :, 0].tolist() == [1.0, 2.0, 0.0, 0.0] and store.finite([2])
+    assert store.keys[0][3].isnan().any()
+    memory = Memory(8, 4, prefix_caching=True)
+    first = memory.open([0, 1, 2, 3], shared=True)
+    memory.reserve(first, 3)
+    memory.commit(first, 3)
+    second = memory.open([0, 1, 5], shared=True, found=memory.find([0, 1, 5]))
+    assert [copy.valid for copy in memory.reserve(second, 1)] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_short_lives_of_engines(part):
+    """Texts to score, many of which begin alike and some of which go wrong, over few pages, with a model that fails."""
+    for seed in range(part, 2000, 4):
+        random_life(random.Random(seed))
+
+
+def random_life(rng):
+    core = toy_core(
+        rng.randint(4, 15), rng.randint(1, 4), rng.choice([2, 5, 16]), rng.randint(2, 5), prefix_caching=True
+    )
+    most = core.store.num_pages * core.store.page_size
+    for _ in range(30):
+        chance = rng.random()
+        if chance < 0.6:
+            letters = [0, 1] if rng.random() < 0.6 else [0, 1, 2, POISON]
+            text = [rng.choice(letters) for _ in range(rng.randint(1, min(12, most)))]
+            scoring = Scoring(min(rng.randint(1, 12), len(text)), (0,))
+            core.submit_scoring(text, scoring, SamplingParams(max_tokens=1))
+        elif chance < 0.8:
+            core.step()
+        else:
+            setattr(core.forward, rng.choice(["before", "after"]), fail)
+            with suppress(RuntimeError):
+                core.step()
+            core.forward.before = core.forward.after = None
+        assert_finite(core)
+    run(core)
+    assert_idle(core)
+
+
+def fail(*_):
+    raise RuntimeError("on purpose")

@@ -78,12 +78,12 @@ class DraftModel(Drafter):
         """These pages begin anew."""
         self._filled[list(pages)] = 0
 
-    def copied(self, copies: list[PageCopy], valid: int) -> None:
-        """Pages were copied; `valid` slots of the last one are of use."""
+    def copied(self, copies: list[PageCopy]) -> None:
+        """Pages were copied."""
         if self.store is not None and copies:
             self.store.copy(copies)
             for copy in copies:
-                self._filled[copy.target] = min(self._filled[copy.source], valid)
+                self._filled[copy.target] = min(self._filled[copy.source], copy.valid)
 
     def known(self, planned: PlanRow) -> int:
         """Tokens of the row, from the first, whose KV is there."""

@@ -90,8 +90,8 @@ class Drafter:
     def taken(self, pages: Rows[int]) -> None:
         """These pages of the target's begin anew."""
 
-    def copied(self, copies: list[PageCopy], valid: int) -> None:
-        """Pages of the target's were copied; `valid` slots of the last one are of use."""
+    def copied(self, copies: list[PageCopy]) -> None:
+        """Pages of the target's were copied."""
 
     def settle(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
         """What the target made of a proposal; `computed` tokens of the row were, before."""
