@@ -107,6 +107,7 @@ def test_weights_that_are_replaced_are_not_those_that_were_captured():
         model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.flip(0).contiguous())
         del weight
         changed = engine.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+        assert engine.stepper.failure is None  # captured anew
     with Engine(model, num_pages=100, cuda_graphs=False) as engine:
         assert changed == engine.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
 

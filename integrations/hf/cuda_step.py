@@ -67,11 +67,18 @@ class Direct:
         step()
         return step
 
+    def forget(self) -> None:
+        """Nothing that was captured is used any more."""
+
 
 class Graphs:
     """Captures steps, in one pool of memory."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing that was captured is used any more. A pool whose graphs are all gone takes no new ones."""
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -128,6 +135,7 @@ class DecodeStepper:
         """Drop what was captured, unless it was captured with a model that was, and is, `known`."""
         if known is None or known != self._known:
             self._steps.clear()
+            self.runner.forget()
         self._known = known
 
     def run(self, rows: Sequence[PlanRow], steps: int) -> Iterator[tuple[list[int], list[float]]] | None:
