@@ -167,9 +167,21 @@ def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
             ids = torch.tensor([row], device=facts.device)
             own = model(input_ids=ids, return_dict=True).logits[0, -2:].float()
             ours = torch.stack([part[i] for part in got])
-            tolerance = 2e-3 if facts.dtype == torch.float32 else 5e-2
-            largest = float(own.nan_to_num(0, 0, 0).abs().max() + 1e-3)
-            # A model that gives NaN is told so at each row, not here.
-            if not torch.allclose(ours, own, atol=tolerance * largest, rtol=tolerance, equal_nan=True):
+            if not _alike(ours, own, facts.dtype):
                 worst = float((ours - own).abs().max())
                 raise CannotDrive(f"paged logits differ from its own by {worst:.3g}")
+
+
+def _alike(ours: torch.Tensor, own: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits differ by rounding only.
+
+    In half precision any two orders of summing differ by some percent of what a model's logits vary by (5 % with 32
+    random layers), and of a million logits one differs by five times as much: there the mean square counts.
+    """
+    if dtype == torch.float32:
+        largest = float(own.nan_to_num(0, 0, 0).abs().max() + 1e-3)
+        # A model that gives NaN is told so at each row, not here.
+        return torch.allclose(ours, own, atol=2e-3 * largest, rtol=2e-3, equal_nan=True)
+    same = torch.equal(ours.isfinite(), own.isfinite())
+    ours, own = ours.nan_to_num(0, 0, 0), own.nan_to_num(0, 0, 0)
+    return same and float((ours - own).norm()) <= 0.1 * float(own.norm()) + 1e-3
