@@ -6,14 +6,16 @@ third of the time, and one to four rows cost the same; it reads the weights wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_paged.kernels import runs_triton, with_fallback
+from hf_paged.kernels.launch import FEW_LINES
 from hf_paged.kernels.native import NativeOps
 from hf_paged.kernels.native_products import ProductOps, product_ops
 
@@ -47,19 +49,46 @@ class TorchLinear:
 
 
 class TritonLinear(TorchLinear):
-    """The same on a GPU: the gate of an MLP in one pass, sums inside the product."""
+    """The same on a GPU: few lines by a kernel that reads weights as fast as they come, more of them by torch."""
+
+    def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        return self._few(lambda: super(TritonLinear, self).linear(x, layer), x, layer)
+
+    def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
+        layers = attention.q_proj, attention.k_proj, attention.v_proj
+        made = self._few(lambda: super(TritonLinear, self).heads(x, attention), x, *layers)
+        return made if isinstance(made, tuple) else made.split([layer.out_features for layer in layers], -1)
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
-        p = layer._parameters
-        return super().add(x, layer, other) if p["bias"] is not None else other.addmm_(x, p["weight"].t())
+        def instead() -> torch.Tensor:
+            p = layer._parameters
+            plain = p["bias"] is None
+            return other.addmm_(x, p["weight"].t()) if plain else super(TritonLinear, self).add(x, layer, other)
+
+        return self._few(instead, x, layer, add=other)
 
     def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
-        from hf_paged.kernels.gate import silu_mul
+        def instead() -> torch.Tensor:
+            from hf_paged.kernels.gate import silu_mul
 
-        if not runs_triton(x.device.type, "auto"):
-            return super().gated(x, mlp)
-        gate, up = self.linear(x, mlp.gate_proj), self.linear(x, mlp.up_proj)
-        return with_fallback(silu_mul, lambda *_: F.silu(gate).mul_(up), gate, up)
+            if not runs_triton(x.device.type, "auto"):
+                return super(TritonLinear, self).gated(x, mlp)
+            gate, up = self.linear(x, mlp.gate_proj), self.linear(x, mlp.up_proj)
+            return with_fallback(silu_mul, lambda *_: F.silu(gate).mul_(up), gate, up)
+
+        return self._few(instead, x, mlp.gate_proj, mlp.up_proj, gated=True)
+
+    @staticmethod
+    def _few(instead: Callable[[], Any], x: torch.Tensor, *layers: nn.Linear, **options: Any) -> Any:
+        """By the kernel for few lines where it serves them, else `instead`, which gives the same."""
+        if len(x) > FEW_LINES or not runs_triton(x.device.type, "auto"):
+            return instead()
+        from hf_paged.kernels.product import product, serves
+
+        parts = [_parameters(layer) for layer in layers]
+        if not serves(x, parts, options.get("add")):
+            return instead()
+        return with_fallback(product, lambda *_, **__: instead(), x, *parts, **options)
 
 
 class OneDnnLinear(TorchLinear):

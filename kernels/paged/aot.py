@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,17 @@ from hf_paged.kernels.decode import decode_constants, decode_kernel
 from hf_paged.kernels.draw import BLOCK, WARPS, draw_kernel
 from hf_paged.kernels.extend import extend_constants, extend_kernel
 from hf_paged.kernels.gate import GATE_BLOCK, gate_kernel
-from hf_paged.kernels.launch import HeadShape, Target, decode_config, extend_config, reads_fp8
+from hf_paged.kernels.launch import (
+    FEW_LINES,
+    HeadShape,
+    Target,
+    decode_config,
+    extend_config,
+    overlaps,
+    product_config,
+    reads_fp8,
+)
+from hf_paged.kernels.product import product_constants, product_kernel
 from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
 from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
 from hf_paged.kernels.rotate import rotate_constants, rotate_kernel
@@ -42,14 +52,16 @@ TARGETS = {
 _TILES = "scale:fp32 cap:fp32 stride_token:i32/16 stride_head:i32/16"
 ARGUMENTS = {
     "decode": "query:*T key_pages:*P value_pages:*P table:*i32 context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
-    "rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
+    "arrived:*i32 rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
     "extend": "query:*T key_pages:*P value_pages:*P table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
     "stats:*fp32 width:i32 window:i32 " + _TILES,
-    "reduce": "parts:*fp32 stats:*fp32 lines:*i32 sinks:*T out:*T splits:i32 window:i32",
+    "reduce": "parts:*fp32 stats:*fp32 merges:*i32 sinks:*T out:*T",
     "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
     "positions:*i64 listed:*i32 out:*i32",
     "advance": "out:*i32 ids:*i64 positions:*i64 slots:*i64 context:*i32 table:*i32 rows:i32 width:i32",
     "gate": "gate:*T up:*T out:*T size:i32",
+    "product": "x:*T first:*T second:*T third:*T first_bias:*T second_bias:*T third_bias:*T other:*T out:*T lines:i32 "
+    "stride:i32/16",
     "rms_norm": "x:*T weight:*T out:*T stride:i32 eps:fp32",
     "rotate": "query:*T key:*T value:*T query_weight:*T key_weight:*T cosines:*T sines:*T slots:*i64 new_query:*T "
     "new_key:*T key_pages:*P value_pages:*P query_token:i32 key_token:i32 value_token:i32 query_eps:fp32 key_eps:fp32",
@@ -62,11 +74,21 @@ KERNELS = {
     "draw": draw_kernel,
     "extend": extend_kernel,
     "gate": gate_kernel,
+    "product": product_kernel,
     "reduce": reduce_kernel,
     "rms_norm": rms_norm_kernel,
     "rotate": rotate_kernel,
     "write": write_kernel,
 }
+
+# Inputs, outputs of each layer, whether they have a bias, whether something is added, whether it is a gated MLP's.
+PRODUCTS = (
+    (4096, [4096, 1024, 1024], False, False, False),
+    (4096, [14336, 14336, 0], False, False, True),
+    (14336, [4096, 0, 0], False, True, False),
+    (896, [896, 128, 128], True, False, False),
+    (896, [4864, 4864, 0], True, False, True),
+)
 
 
 @dataclass(frozen=True)
@@ -109,11 +131,10 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     for on in (False, True):
         options = dict(windowed=on, sinks=on)
         yield made("decode", decode_constants(shape, config, capped=on, **options), config.warps, config.stages)
-        yield made("reduce", reduce_constants(shape, config, decode=True, **options))
+        yield made("reduce", reduce_constants(shape, sinks=on))
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=on and few, capped=on, **options)
             yield made("extend", constants, chosen.warps, chosen.stages)
-            yield made("reduce", reduce_constants(shape, chosen, decode=False, **options))
     yield made("write", write_constants(shape))
     if shape.itemsize == 2 and reads_fp8(target):
         options = dict(windowed=False, capped=False, sinks=False)
@@ -125,6 +146,8 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
         yield made("write", write_constants(shape), pages=at[-1])
         if shape.key_dim == shape.value_dim:
             yield made("rotate", rotate_constants(shape, True), 1, pages=at[-1])
+    if shape.itemsize == 2:
+        yield from products(made, target)
     yield made("draw", {"BLOCK": BLOCK}, WARPS)
     yield made("advance", {"PAGE_SIZE": shape.page_size, "BLOCK": 256})
     yield made("gate", {"BLOCK": GATE_BLOCK})
@@ -134,8 +157,20 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
             yield made("rotate", rotate_constants(shape, norm), 1)
 
 
-def _source(variant: Variant) -> ASTSource:
+def products(made: Callable[..., Variant], target: Target) -> Iterator[Variant]:
+    """Those of a few lines: layers joined, gates, sums; of an 8B model and of a small one with a bias."""
+    for lines in (1, 32, FEW_LINES):
+        for inner, sizes, bias, add, gated in PRODUCTS:
+            outs = sizes[0] if gated else sum(sizes)
+            config = product_config(outs, inner, lines, 1 + gated, target)
+            constants = product_constants(sizes, inner, lines, config, bias=bias, add=add, gated=gated)
+            yield made("product", constants, config.warps, config.stages)
+
+
+def _source(variant: Variant, target: str) -> ASTSource:
     kernel, constants = KERNELS[variant.kernel], dict(variant.constants)
+    if "OVERLAP" in kernel.arg_names:
+        constants["OVERLAP"] = overlaps(TARGETS[target])
     arguments = dict(pair.split(":") for pair in ARGUMENTS[variant.kernel].split())
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -156,7 +191,9 @@ def compile_for(variant: Variant, target: str) -> Compiled:
     cuda = card.backend == "cuda"
     gpu = GPUTarget("cuda", int(card.arch[3:]), 32) if cuda else GPUTarget("hip", card.arch, 64)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    made = triton.compile(_source(variant), target=gpu, options=options)
+    if cuda:
+        options["launch_pdl"] = overlaps(card)
+    made = triton.compile(_source(variant, target), target=gpu, options=options)
     registers, spilled = _cuda_usage(made.asm["cubin"]) if cuda else _hip_usage(made.asm["amdgcn"])
     return Compiled(target, variant, made.metadata.shared, registers, spilled)
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
-from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
+from hf_paged.kernels.overlap import admit_next, await_others, overlap
+from hf_paged.kernels.reduce import merge_constants, merged
 from hf_paged.kernels.tiles import attend, normalised
 
 LOG2E = 1.4426950408889634
@@ -28,6 +29,7 @@ def decode_kernel(
     out,
     parts,
     stats,
+    arrived,
     rows,
     width,
     splits,
@@ -51,11 +53,16 @@ def decode_kernel(
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One split of one row and KV head. A row of one split is finished here, others leave parts for `reduce_kernel`.
+    """One split of one row and KV head. Of several splits the program that ends last merges all parts, in their order.
 
-    `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`.
+    `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`; `arrived` int32
+    `[rows, kv_heads]`: splits that are done, 0 before and after.
     """
+    await_others(OVERLAP)
     pid = tl.program_id(0)
     head = pid % KV_HEADS
     row = (pid // KV_HEADS) % rows
@@ -64,6 +71,7 @@ def decode_kernel(
     first = 0
     if WINDOWED:
         first = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    count = tl.cdiv(length - first, SPLIT)
     start = first + split * SPLIT
     if (start >= length) & (split > 0):
         return
@@ -105,8 +113,9 @@ def decode_kernel(
         PRECISION,
         STAGES,
     )
+    admit_next(OVERLAP)
     kept = (m < GROUP)[:, None] & (v < VALUE_DIM)[None, :]
-    if length - first <= SPLIT:
+    if count <= 1:
         sink = most
         if SINKS:
             sink = tl.load(sinks + heads, mask=m < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -118,6 +127,26 @@ def decode_kernel(
         tl.store(parts + line[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
         tl.store(stats + line * 2, most, mask=m < GROUP)
         tl.store(stats + line * 2 + 1, total, mask=m < GROUP)
+        tl.debug_barrier()  # all of the part is written before it is said to be there
+        flag = arrived + row * KV_HEADS + head
+        if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
+            tl.store(flag, 0)
+            g = tl.arange(0, BLOCK_G)
+            own = head * GROUP + g
+            real = g < GROUP
+            begin = row * splits
+            HEADS: tl.constexpr = KV_HEADS * GROUP
+            # fmt: off
+            whole, peak, weight = merged(
+                parts, stats, begin, 1, count, own, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P
+            )
+            # fmt: on
+            gate = peak
+            if SINKS:
+                gate = tl.load(sinks + own, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+            final = normalised(whole, peak, weight, gate, SINKS)
+            to = out + (row.to(tl.int64) * HEADS + own)[:, None] * VALUE_DIM + v[None, :]
+            tl.store(to, final.to(out.dtype.element_ty), mask=real[:, None] & (v < VALUE_DIM)[None, :])
 
 
 def decode(
@@ -127,6 +156,7 @@ def decode(
     table: torch.Tensor,
     context: torch.Tensor,
     out: torch.Tensor,
+    arrived: torch.Tensor,
     config: TileConfig,
     *,
     longest: int,
@@ -143,6 +173,7 @@ def decode(
         table: int32 `[rows, width]`, contiguous; read only as far as a row's slots go.
         context: int32 `[rows]`, slots that each row sees; a row of 0 gets zeros.
         out: `[rows, heads, value_dim]`, contiguous.
+        arrived: int32, `rows * kv_heads` zeros, which are left so; calls that share them must follow each other.
         longest: at least the largest of `context`: the grid holds splits for so many slots.
     """
     rows, heads, _ = query.shape
@@ -163,6 +194,7 @@ def decode(
         out,
         parts,
         stats,
+        arrived,
         rows,
         table.shape[1],
         splits,
@@ -171,18 +203,17 @@ def decode(
         softcap or 0.0,
         *query.stride()[:2],
         **decode_constants(shape, config, capped=softcap is not None, **chosen),
+        **overlap(query.device),
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if splits > 1:
-        constants = reduce_constants(shape, config, decode=True, **chosen)
-        reduce_kernel[(rows * heads,)](parts, stats, context, sinks, out, splits, window or 0, **constants)
 
 
 def decode_constants(shape: HeadShape, config: TileConfig, *, windowed: bool, capped: bool, sinks: bool) -> dict:
     """What `decode_kernel` is compiled for."""
     return {
         **tile_constants(shape, config),
+        **merge_constants(shape),
         "SPLIT": config.split,
         "WINDOWED": windowed,
         "CAPPED": capped,

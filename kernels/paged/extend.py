@@ -175,8 +175,8 @@ def extend(
         num_stages=config.stages,
     )
     if work.lines:
-        constants = reduce_constants(shape, config, decode=False, **chosen)
-        reduce_kernel[(len(work.merges) * heads,)](parts, stats, work.merges, sinks, out, 0, 0, **constants)
+        constants = reduce_constants(shape, sinks=chosen["sinks"])
+        reduce_kernel[(len(work.merges) * kv_heads,)](parts, stats, work.merges, sinks, out, **constants)
 
 
 def extend_constants(

@@ -71,9 +71,24 @@ class TileConfig:
     precision: str = "ieee"
 
 
+@dataclass(frozen=True)
+class ProductConfig:
+    """How a product of a few lines is launched: `block_n` outputs a program, over `block_k` inputs at once."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
 def reads_fp8(target: Target) -> bool:
     """Whether the kernels take KV in e4m3 there: NVIDIA's cards convert it from sm_89 on."""
     return target.backend == "cuda" and int(target.arch[3:]) >= 89
+
+
+def overlaps(target: Target) -> bool:
+    """Whether a kernel may start there before the one ahead of it has ended."""
+    return target.backend == "cuda" and int(target.arch[3:]) >= 90
 
 
 def power_of_two(n: int) -> int:
@@ -176,6 +191,27 @@ def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
 def few_lines(shape: HeadShape, target: Target) -> int:
     """Lines (queries times query heads a KV head) up to which a row's queries are few."""
     return 64 if shape.itemsize <= 2 else 16
+
+
+FEW_LINES = 64  # of a product: up to so many, reading the weights is what takes time
+
+
+def product_config(outs: int, inner: int, lines: int, weights: int, target: Target) -> ProductConfig:
+    """Products of `lines` lines, at most `FEW_LINES`, with weights of 2 bytes an element.
+
+    Blocks do not depend on `lines`, so a line's sums do not either; as many are on their way as there is room for.
+
+    Args:
+        outs: outputs of all programs. weights: how many weights a program reads, 2 for a gated MLP.
+    """
+    block_n = next(size for size in (64, 32, 16) if 4 * outs >= size * target.processors or size == 16)
+    block_k = (
+        (8 if target.shared > LEAST_SHARED else 4) * KIB // block_n
+    )  # 16 KiB of a weight: rows of 256 bytes or more
+    held = block_k * (weights * block_n + max(16, power_of_two(lines))) * 2
+    most = 6 if target.backend == "cuda" else 2
+    stages = max(1, min(most, target.shared // held, -(-inner // block_k)))
+    return ProductConfig(block_n, block_k, 4, stages)
 
 
 def _precision(shape: HeadShape, target: Target) -> str:

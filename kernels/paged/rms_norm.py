@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from hf_paged.kernels.launch import power_of_two
+from hf_paged.kernels.overlap import admit_next, await_others, overlap
 
 
 @triton.jit
@@ -18,12 +19,14 @@ def normed(x, weight, DIM: tl.constexpr, eps):
 
 
 @triton.jit(do_not_specialize=["eps"])
-def rms_norm_kernel(x, weight, out, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(x, weight, out, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One line."""
+    await_others(OVERLAP)
     line = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)[None, :]
     values = tl.load(x + line * stride + d, mask=d < DIM, other=0.0).to(tl.float32)
     weights = tl.load(weight + d, mask=d < DIM, other=0.0)
+    admit_next(OVERLAP)
     tl.store(out + line * DIM + d, normed(values, weights, DIM, eps), mask=d < DIM)
 
 
@@ -33,7 +36,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty(lines, dim, dtype=x.dtype, device=x.device)
     if lines:
         block = power_of_two(dim)
-        rms_norm_kernel[(lines,)](x, weight, out, x.stride(0), eps, **norm_constants(dim), num_warps=norm_warps(block))
+        constants = norm_constants(dim) | overlap(x.device)
+        rms_norm_kernel[(lines,)](x, weight, out, x.stride(0), eps, **constants, num_warps=norm_warps(block))
     return out
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from hf_paged.kernels.launch import HeadShape, padded
+from hf_paged.kernels.overlap import admit_next, await_others, overlap
 from hf_paged.kernels.write_triton import as_stored
 
 
@@ -32,12 +33,14 @@ def rotate_kernel(
     query, key, value, query_weight, key_weight, cosines, sines, slots, new_query, new_key, key_pages, value_pages,
     query_token, key_token, value_token, query_eps, key_eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: a query's, or a key's with its value. A slot under 0 takes nothing.
 
     Of cosines and sines `[tokens, head_dim]` the second half is read; sines have another sign in the first.
     """
+    await_others(OVERLAP)
+    admit_next(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, HALF)[None, :]
@@ -104,7 +107,7 @@ def rotate_and_store(
         rotate_kernel[(tokens, heads + kv_heads)](
             query, key, value, query_weight, key_weight, cosines, sines, slots, out, new_key, key_pages, value_pages,
             query.stride(0), key.stride(0), value.stride(0), query_eps, key_eps,
-            **rotate_constants(shape, norms is not None), num_warps=1,
+            **rotate_constants(shape, norms is not None), **overlap(query.device), num_warps=1,
         )  # fmt: skip
     return out, new_key
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
 
+from hf_paged.kernels.card import target_of
 from hf_paged.kernels.decode import decode
 from hf_paged.kernels.extend import extend
 from hf_paged.kernels.fp8 import FP8
@@ -19,20 +19,6 @@ from hf_paged.kernels.worklist import StepTensors, step_tensors, work_list
 from hf_paged.kernels.write_triton import write
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTERPRETED = Target("cuda", "sm_90", 132)
-
-
-@cache
-def target_of(device: torch.device) -> Target:
-    """The card that `device` is; on a CPU, where the interpreter runs, an H100."""
-    if device.type == "cuda":
-        facts = torch.cuda.get_device_properties(device)
-        if torch.version.hip is not None:
-            return Target("hip", facts.gcnArchName.split(":")[0], facts.multi_processor_count)
-        return Target("cuda", f"sm_{facts.major}{facts.minor}", facts.multi_processor_count)
-    if device.type == "xpu":
-        return Target("xpu", "xpu", torch.xpu.get_device_properties(device).gpu_subslice_count)
-    return INTERPRETED
 
 
 def reads(dtype: torch.dtype, device: torch.device) -> bool:
@@ -118,8 +104,10 @@ def paged_attention(
     if n:
         longest = rows.derived("longest", lambda: int(rows.context_lens[:n].max()))
         config = tiles("decode", shape, target)
-        at = step.table, step.context
-        decode(query[:n], key_pages, value_pages, *at, out[:n], config, longest=longest, **options)
+        lines = n * shape.kv_heads
+        arrived = rows.derived(("arrived", lines), lambda: torch.zeros(lines, dtype=torch.int32, device=device))
+        given = query[:n], key_pages, value_pages, step.table, step.context, out[:n], arrived
+        decode(*given, config, longest=longest, **options)
     if n < tokens:
         for few in (True, False):
             config = tiles("few" if few else "many", shape, target)

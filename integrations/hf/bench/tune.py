@@ -12,8 +12,9 @@ import torch
 from hf_paged.integrations.bench.kernels import Scale, Scene, errors, make_scene, seconds_of
 from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.throughput import Progress
+from hf_paged.kernels.card import target_of
 from hf_paged.kernels.launch import HeadShape, Target, TileConfig
-from hf_paged.kernels.triton_path import paged_attention, target_of
+from hf_paged.kernels.triton_path import paged_attention
 from hf_paged.kernels.tuned import KINDS, candidates, key_of, other_splits, worked_out
 
 WORTH = 0.98  # of the time of what is worked out: a smaller gain may be noise
@@ -105,7 +106,7 @@ def run_tune(
     target = target_of(torch.device(scale.device))
     group, itemsize = scale.heads // scale.kv_heads, scale.dtype.itemsize
     shape = HeadShape(group, scale.kv_heads, scale.dim, scale.dim, itemsize, scale.page_size)
-    progress.plan(sum(6 + len(list(candidates(kind, shape, target))) for kind in KINDS))
+    progress.plan(sum(7 + len(list(candidates(kind, shape, target))) for kind in KINDS))
     kernels, chosen = {}, {}
     for kind in KINDS:
         scenes = scenes_of(kind, scale)

@@ -56,7 +56,7 @@ def info(
 
 def tiles_told(device: torch.device) -> str:
     """Where launches of the Triton kernels come from."""
-    from hf_paged.kernels.triton_path import target_of
+    from hf_paged.kernels.card import target_of
     from hf_paged.kernels.tuned import table_of, table_path
 
     target = target_of(device)

@@ -40,7 +40,7 @@ def tune(
     from hf_paged.integrations.bench.data import BadInput
     from hf_paged.integrations.bench.kernels import Scale
     from hf_paged.integrations.bench.tune import run_tune
-    from hf_paged.kernels.triton_path import target_of
+    from hf_paged.kernels.card import target_of
     from hf_paged.kernels.tuned import table_path, write_table
 
     check_writable(json_out)

@@ -1,0 +1,40 @@
+"""Kernels that begin before the one ahead of them has ended: programmatic dependent launch, from Hopper on.
+
+Such a kernel lets the next one start when all of its own programs are nearly done, and looks at nothing before all
+kernels ahead have ended. A step has some three hundred kernels, each with a start and an end at which the memory stands
+idle. (To start them earlier, or to fetch weights ahead, costs more than it gains: programs that wait hold what others
+need.)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_paged.kernels.card import target_of
+from hf_paged.kernels.launch import overlaps
+
+
+@triton.jit
+def await_others(OVERLAP: tl.constexpr):
+    """Returns when all kernels ahead have ended: first in a kernel, in every program."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def admit_next(OVERLAP: tl.constexpr):
+    """The next kernel may start, once all programs have come this far or have ended."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@cache
+def overlap(device: torch.device) -> dict:
+    """How a kernel is launched there: its constant, and the option that goes with it."""
+    if device.type != "cuda" or not overlaps(target_of(device)):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
