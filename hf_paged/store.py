@@ -79,10 +79,10 @@ class KVStore:
         """Carry out page copies in all layers; zeros go behind what is valid: it may not be finite."""
         if not copies:
             return
-        sources, targets, valid = zip(*((c.source, c.target, c.valid) for c in copies), strict=True)
+        sources, targets, valid = map(list, zip(*((c.source, c.target, c.valid) for c in copies), strict=True))
         if self.keys[0].device.type == "cpu":
             for numbers in self._arrays():
-                numbers[list(targets)] = numbers[list(sources)]
+                numbers[targets] = numbers[sources]
                 for target, length in zip(targets, valid, strict=True):
                     numbers[target, :, length:] = 0
             return

@@ -128,6 +128,11 @@ def seen_in_tree(base: int, visible: int) -> list[int]:
     return [*range(base), *(base + bit for bit in range(63) if visible >> bit & 1)]
 
 
+def fail(*_):
+    """A forward's `before` or `after`, or a processor, that raises."""
+    raise RuntimeError("on purpose")
+
+
 def toy_decode(ids: Sequence[int]) -> str:
     return "".join(chr(97 + token) for token in ids)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, run, toy_core, toy_drafter, toy_scores
+from engine_helpers import EOS, POISON, alone, assert_finite, assert_idle, fail, run, toy_core, toy_drafter, toy_scores
 from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,10 +15,6 @@ from hf_paged.speculation.config import SpeculationConfig
 DRAFTING_PLACES = [f"drafting.{name}" for name in ("propose", "settle", "_reserve", "_clean", "ended", "tidy")]
 DRAFTING_PLACES += [f"toy_drafter.{name}" for name in ("forward", "propose", "taken", "copied", "settle", "tidy")]
 DRAFTING_PLACES += ["store.move", "memory.rollback", "outcomes.take"]
-
-
-def fail(*_):
-    raise RuntimeError("on purpose")
 
 
 @st.composite

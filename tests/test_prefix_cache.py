@@ -11,6 +11,7 @@ from engine_helpers import (
     assert_as_alone,
     assert_finite,
     assert_idle,
+    fail,
     prompts,
     run,
     tokens_of,
@@ -340,7 +341,3 @@ def random_life(rng):
         assert_finite(core)
     run(core)
     assert_idle(core)
-
-
-def fail(*_):
-    raise RuntimeError("on purpose")

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_paged.kernels import runs_triton, with_fallback
-from hf_paged.kernels.launch import FEW_LINES
 from hf_paged.kernels.native import NativeOps
 from hf_paged.kernels.native_products import ProductOps, product_ops
 
@@ -81,7 +80,7 @@ class TritonLinear(TorchLinear):
     @staticmethod
     def _few(instead: Callable[[], Any], x: torch.Tensor, *layers: nn.Linear, **options: Any) -> Any:
         """By the kernel for few lines where it serves them, else `instead`, which gives the same."""
-        if len(x) > FEW_LINES or not runs_triton(x.device.type, "auto"):
+        if not runs_triton(x.device.type, "auto"):
             return instead()
         from hf_paged.kernels.product import product, serves
 

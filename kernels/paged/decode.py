@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
-from hf_paged.kernels.reduce import merge_constants, merged
+from hf_paged.kernels.reduce import merge_constants, store_merged
 from hf_paged.kernels.tiles import attend, normalised
 
 LOG2E = 1.4426950408889634
@@ -131,22 +131,12 @@ def decode_kernel(
         flag = arrived + row * KV_HEADS + head
         if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
             tl.store(flag, 0)
-            g = tl.arange(0, BLOCK_G)
-            own = head * GROUP + g
-            real = g < GROUP
-            begin = row * splits
-            HEADS: tl.constexpr = KV_HEADS * GROUP
             # fmt: off
-            whole, peak, weight = merged(
-                parts, stats, begin, 1, count, own, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P
+            store_merged(
+                parts, stats, row * splits, 1, count, row, head,
+                sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
             )
             # fmt: on
-            gate = peak
-            if SINKS:
-                gate = tl.load(sinks + own, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-            final = normalised(whole, peak, weight, gate, SINKS)
-            to = out + (row.to(tl.int64) * HEADS + own)[:, None] * VALUE_DIM + v[None, :]
-            tl.store(to, final.to(out.dtype.element_ty), mask=real[:, None] & (v < VALUE_DIM)[None, :])
 
 
 def decode(

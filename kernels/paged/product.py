@@ -117,8 +117,9 @@ def product(x: torch.Tensor, *parts: Part, gated: bool = False, add: torch.Tenso
     lines, inner = x.shape
     weights, biases = zip(*parts, strict=True)
     sizes = [len(weight) for weight in weights]
-    out = x.new_empty(lines, sizes[0] if gated else sum(sizes)) if add is None else add
-    config = product_config(sizes[0] if gated else sum(sizes), inner, lines, 1 + gated, target_of(x.device))
+    outs = sizes[0] if gated else sum(sizes)
+    out = x.new_empty(lines, outs) if add is None else add
+    config = product_config(outs, inner, lines, 1 + gated, target_of(x.device))
     blocks = [-(-size // config.block_n) for size in sizes]
     spare = 3 - len(parts)
     with_bias = biases[0] is not None

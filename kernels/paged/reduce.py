@@ -44,6 +44,31 @@ def merged(
 
 
 @triton.jit
+def store_merged(
+    parts, stats, first, step, count, token, head, sinks, out,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Attention of the query at `token` of `out`, for KV head `head`, from its parts (see `merged`)."""
+    g = tl.arange(0, BLOCK_G)
+    v = tl.arange(0, BLOCK_V)
+    heads = head * GROUP + g
+    real = g < GROUP
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    # fmt: off
+    acc, most, total = merged(
+        parts, stats, first, step, count, heads, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P
+    )
+    # fmt: on
+    sink = most
+    if SINKS:
+        sink = tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+    done = normalised(acc, most, total, sink, SINKS)
+    at = out + (token.to(tl.int64) * HEADS + heads)[:, None] * VALUE_DIM + v[None, :]
+    tl.store(at, done.to(out.dtype.element_ty), mask=real[:, None] & (v < VALUE_DIM)[None, :])
+
+
+@triton.jit
 def reduce_kernel(
     parts, stats, merges, sinks, out,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -56,24 +81,12 @@ def reduce_kernel(
     """
     pid = tl.program_id(0)
     merge = merges + (pid // KV_HEADS) * 4
-    token = tl.load(merge)
-    g = tl.arange(0, BLOCK_G)
-    v = tl.arange(0, BLOCK_V)
-    heads = (pid % KV_HEADS) * GROUP + g
-    real = g < GROUP
-    HEADS: tl.constexpr = KV_HEADS * GROUP
     # fmt: off
-    acc, most, total = merged(
-        parts, stats, tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3), heads, real,
-        HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P,
+    store_merged(
+        parts, stats, tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3), tl.load(merge), pid % KV_HEADS,
+        sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
     )
     # fmt: on
-    sink = most
-    if SINKS:
-        sink = tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-    done = normalised(acc, most, total, sink, SINKS)
-    at = out + (token.to(tl.int64) * HEADS + heads)[:, None] * VALUE_DIM + v[None, :]
-    tl.store(at, done.to(out.dtype.element_ty), mask=real[:, None] & (v < VALUE_DIM)[None, :])
 
 
 def merge_constants(shape: HeadShape) -> dict:

@@ -100,15 +100,10 @@ def _checked(key: str, numbers: dict[str, int], target: Target) -> TileConfig:
 
 def fits(config: TileConfig, shape: HeadShape, target: Target) -> bool:
     """Whether the kernels take such tiles for a shape, and the card has room for them."""
-    sizes = (config.block_m, config.block_n, config.warps)
+    sizes = (config.block_m, config.block_n, config.split, config.warps)
     if any(size < 1 or size != power_of_two(size) for size in sizes) or not 1 <= config.stages <= 8:
         return False
-    if (
-        config.block_m < max(16, shape.group)
-        or config.block_n < 16
-        or config.split < 1
-        or config.split % config.block_n
-    ):
+    if config.block_m < max(16, shape.group) or config.block_n < 16 or config.split < config.block_n:
         return False
     return config.warps <= 16 and tile_bytes(shape, config.block_m, config.block_n, config.stages) <= target.shared
 
@@ -142,7 +137,7 @@ def candidates(kind: str, shape: HeadShape, target: Target) -> Iterator[TileConf
         for block_n in (16, 32, 64, 128):
             for stages in (2, 3, 4):
                 for warps in (4, 8):
-                    split = -(-known.split // block_n) * block_n
+                    split = max(known.split, block_n)
                     config = replace(known, block_m=block_m, block_n=block_n, stages=stages, warps=warps, split=split)
                     if config != known and fits(config, shape, target):
                         yield config
@@ -150,7 +145,6 @@ def candidates(kind: str, shape: HeadShape, target: Target) -> Iterator[TileConf
 
 def other_splits(config: TileConfig) -> Iterator[TileConfig]:
     """The same tiles with rows split otherwise."""
-    for blocks in (4, 8, 11, 16, 24, 32, 64):
-        split = blocks * max(32, config.block_n)
-        if split != config.split:
+    for split in (128, 256, 512, 1024, 2048, 4096):
+        if split != config.split and split >= config.block_n:
             yield replace(config, split=split)

@@ -106,7 +106,7 @@ def run_tune(
     target = target_of(torch.device(scale.device))
     group, itemsize = scale.heads // scale.kv_heads, scale.dtype.itemsize
     shape = HeadShape(group, scale.kv_heads, scale.dim, scale.dim, itemsize, scale.page_size)
-    progress.plan(sum(7 + len(list(candidates(kind, shape, target))) for kind in KINDS))
+    progress.plan(sum(6 + len(list(candidates(kind, shape, target))) for kind in KINDS))
     kernels, chosen = {}, {}
     for kind in KINDS:
         scenes = scenes_of(kind, scale)
