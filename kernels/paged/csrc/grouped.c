@@ -140,13 +140,18 @@ INLINE void hide_chunk(scratch *s, int64_t n, int64_t t, int64_t from, const int
 
 /* Scores become weights over the largest so far; `before` scales to it what was summed before. */
 INLINE void weigh_chunk(scratch *s, int64_t n, const int wide) {
+    lanes top[WIDE], sum[WIDE] = {0};
+    for (int v = 0; v < wide; v++) top[v] = s->top[v];
+    for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < wide; v++) top[v] = larger(s->scores[wide * i + v], top[v]);
+    for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < wide; v++) sum[v] += s->scores[wide * i + v] = exp_of_negative(s->scores[wide * i + v] - top[v]);
     for (int v = 0; v < wide; v++) {
-        lanes *score = s->scores + v, top = s->top[v], sum = {0};
-        for (int64_t i = 0; i < n; i++) top = larger(score[wide * i], top);
-        for (int64_t i = 0; i < n; i++) sum += score[wide * i] = exp_of_negative(score[wide * i] - top);
-        s->before[v] = exp_of_negative(s->top[v] - top);
-        s->sum[v] = s->sum[v] * s->before[v] + sum;
-        s->top[v] = top;
+        s->before[v] = exp_of_negative(s->top[v] - top[v]);
+        s->sum[v] = s->sum[v] * s->before[v] + sum[v];
+        s->top[v] = top[v];
     }
 }
 
