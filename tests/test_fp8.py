@@ -84,6 +84,24 @@ def test_attention_reads_what_is_stored(backend, seed):
     torch.testing.assert_close(got, wide.expected(), atol=2e-5, rtol=2e-5)
 
 
+@triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dims, window", [((64, 64), None), ((16, 128), 20), ((128, 32), 9)])
+def test_half_precision_over_fp8(dtype, dims, window):
+    """By warps that share tiles: values come in pairs of elements. Queries over what float16 holds are held at it."""
+    rows = tuple((before, None) for before in (0, 33, 150, 64))
+    case = Case(rows, 16, group=3, dim=dims[0], value_dim=dims[1], window=window, sinks=True, dtype=dtype)
+    narrow, wide = in_fp8(make(case), "triton")
+    got = paged_attention(narrow.query, narrow.keys, narrow.values, narrow.rows, **narrow.options)
+    near = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    torch.testing.assert_close(got.float(), wide.expected(), atol=near, rtol=near)
+    if dtype == torch.bfloat16:
+        narrow.query[1] *= 1e6
+        narrow.query[2] = torch.nan
+        got = paged_attention(narrow.query, narrow.keys, narrow.values, narrow.rows, **narrow.options)
+        assert bool(got[[0, 1, 3]].isfinite().all()) and bool(got[2].isnan().all())
+
+
 def test_tokens_of_this_step_are_read_as_they_are_stored():
     """However a prompt is cut into steps."""
     step = make(Case(rows=((0, 9),), page_size=4))

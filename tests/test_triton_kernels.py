@@ -35,7 +35,8 @@ def small_tiles(monkeypatch):
 
     def smaller(*args):
         config = tiles_of(*args)
-        return replace(config, block_m=max(16, min(config.block_m, 32)), block_n=16, split=32)
+        small = 16 * config.warps if config.warps == 2 else 16  # two warps may have a softmax each
+        return replace(config, block_m=max(16, min(config.block_m, 32)), block_n=small, split=32)
 
     tiles_of = triton_path.tiles_of
     monkeypatch.setattr(triton_path, "tiles_of", smaller)
@@ -300,14 +301,33 @@ def test_tiles_fit_every_shape(target):
                     assert size <= target.shared or (config.stages == 1 and config.block_n == 16)
 
 
+@pytest.mark.parametrize("group, dim, shares", [(4, 64, 2), (8, 128, 2), (16, 64, 1), (4, 80, 1), (4, 256, 1)])
+def test_warps_share_tiles_where_registers_last(group, dim, shares):
+    shape = launch.HeadShape(group, 2, dim, dim, 2, 16)
+    target = launch.Target("cuda", "sm_90", 132)
+    assert launch.shares(shape, launch.decode_config(shape, target), target) == shares
+
+
 def test_splits_suit_the_card():
     """A row of 32k alone is enough for a card of many processors, also with few KV heads."""
     for processors in (108, 132, 304):
         for kv_heads in (1, 2, 8):
             shape = launch.HeadShape(4, kv_heads, 128, 128, 2, 16)
-            config = launch.decode_config(shape, launch.Target("cuda", "sm_90", processors))
-            programs = kv_heads * 32768 // config.split
-            assert programs >= processors or config.split == 128
+            target = launch.Target("cuda", "sm_90", processors)
+            split, full = launch.decode_config(shape, target).split, launch.full_splits(shape, target)
+            programs = kv_heads * launch.splits_of(32768, split, full)
+            assert programs > processors - kv_heads or split == 128
+
+
+def test_splits_grow_with_a_row():
+    """What a program reads stays within bounds, and a longer row never has fewer splits: the longest sizes the grid."""
+    split, full = 128, 16
+    before = 0
+    for slots in range(0, 40_000, 7):
+        count = launch.splits_of(slots, split, full)
+        assert before <= count <= max(1, slots // split + 1)
+        assert slots <= count * split * 2.5
+        before = count
 
 
 def test_shapes_that_the_kernels_do_not_take():

@@ -34,11 +34,12 @@ from hf_paged.kernels.launch import (
     overlaps,
     product_config,
     reads_fp8,
+    with_softcap,
 )
 from hf_paged.kernels.product import product_constants, product_kernel
 from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
 from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
-from hf_paged.kernels.rotate import rotate_constants, rotate_kernel
+from hf_paged.kernels.rotate import rotate_constants, rotate_kernel, rotate_warps
 from hf_paged.kernels.write_triton import write_constants, write_kernel
 
 TARGETS = {
@@ -130,7 +131,9 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     configs = {few: extend_config(shape, target, few) for few in (True, False)}
     for on in (False, True):
         options = dict(windowed=on, sinks=on)
-        yield made("decode", decode_constants(shape, config, capped=on, **options), config.warps, config.stages)
+        chosen = with_softcap(config) if on else config
+        constants = decode_constants(shape, chosen, target, capped=on, **options)
+        yield made("decode", constants, chosen.warps, chosen.stages)
         yield made("reduce", reduce_constants(shape, sinks=on))
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=on and few, capped=on, **options)
@@ -139,13 +142,14 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     if shape.itemsize == 2 and reads_fp8(target):
         options = dict(windowed=False, capped=False, sinks=False)
         at = config.warps, config.stages, "fp8e4nv"
-        yield made("decode", decode_constants(shape, config, **options), *at)
+        yield made("decode", decode_constants(shape, config, target, **options), *at)
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=few, **options)
             yield made("extend", constants, chosen.warps, chosen.stages, at[-1])
         yield made("write", write_constants(shape), pages=at[-1])
         if shape.key_dim == shape.value_dim:
-            yield made("rotate", rotate_constants(shape, True), 1, pages=at[-1])
+            constants = rotate_constants(shape, True)
+            yield made("rotate", constants, rotate_warps(constants), pages=at[-1])
     if shape.itemsize == 2:
         yield from products(made, target)
     yield made("draw", {"BLOCK": BLOCK}, WARPS)
@@ -154,7 +158,8 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     yield made("rms_norm", norm_constants(4096), norm_warps(4096))
     if shape.key_dim == shape.value_dim:
         for norm in (False, True):
-            yield made("rotate", rotate_constants(shape, norm), 1)
+            constants = rotate_constants(shape, norm)
+            yield made("rotate", constants, rotate_warps(constants))
 
 
 def products(made: Callable[..., Variant], target: Target) -> Iterator[Variant]:

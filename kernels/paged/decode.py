@@ -1,4 +1,4 @@
-"""Decode: one query token a row over its page table, in splits of a fixed number of slots.
+"""Decode: one query token a row over its page table, in splits of about as many slots.
 
 Dao et al., "Flash-Decoding", 2023. The query heads of a KV head make one tile (Ainslie et al., "GQA", 2023), so keys
 and values are read once. How a row is split depends on the row alone, so its result does not depend on the batch.
@@ -10,10 +10,21 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
+from hf_paged.kernels.card import target_of
+from hf_paged.kernels.launch import (
+    HeadShape,
+    Target,
+    TileConfig,
+    full_splits,
+    head_shape,
+    shares,
+    splits_of,
+    tile_constants,
+    with_softcap,
+)
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
 from hf_paged.kernels.reduce import merge_constants, store_merged
-from hf_paged.kernels.tiles import attend, normalised
+from hf_paged.kernels.tiles import attend, attend_apart, normalised
 
 LOG2E = 1.4426950408889634
 
@@ -48,6 +59,7 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr,
+    FULL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
@@ -55,9 +67,10 @@ def decode_kernel(
     STAGES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SHARES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One split of one row and KV head. Of several splits the program that ends last merges all parts, in their order.
+    """One split of one row and KV head (see `splits_of`); the program that ends last merges all parts, in their order.
 
     `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`; `arrived` int32
     `[rows, kv_heads]`: splits that are done, 0 before and after.
@@ -71,62 +84,60 @@ def decode_kernel(
     first = 0
     if WINDOWED:
         first = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
-    count = tl.cdiv(length - first, SPLIT)
-    start = first + split * SPLIT
-    if (start >= length) & (split > 0):
+    slots = length - first
+    tiles = tl.cdiv(slots, BLOCK_N)
+    count = tl.minimum((slots + SPLIT // 2) // SPLIT, tl.maximum(FULL, (slots + SPLIT) // (2 * SPLIT)))
+    count = tl.maximum(count, 1)
+    if split >= count:
         return
-    stop = tl.minimum(start + SPLIT, length)
+    # As many tiles to each, the first ones take what is left over.
+    start = first + (split * (tiles // count) + tl.minimum(split, tiles % count)) * BLOCK_N
+    stop = tl.minimum(start + (tiles // count + (split < tiles % count)) * BLOCK_N, length)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     v = tl.arange(0, BLOCK_V)
     heads = head * GROUP + m
-    at = query + row.to(tl.int64) * stride_token + heads[:, None] * stride_head + d[None, :]
-    tile = tl.load(at, mask=(m < GROUP)[:, None] & (d < KEY_DIM)[None, :], other=0.0)
-    high = tl.full([BLOCK_M], 0, tl.int32) + length
-    acc, most, total = attend(
-        tl.zeros([BLOCK_M, BLOCK_V], tl.float32),
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        tile,
-        key_pages + head * (PAGE_SIZE * KEY_DIM),
-        value_pages + head * (PAGE_SIZE * VALUE_DIM),
-        table + row.to(tl.int64) * width,
-        start,
-        stop,
-        high - window,
-        high,
-        high,
-        high,
-        scale,
-        cap,
-        KV_HEADS,
-        PAGE_SIZE,
-        KEY_DIM,
-        VALUE_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_V,
-        True,
-        WINDOWED,
-        False,
-        CAPPED,
-        PRECISION,
-        STAGES,
-    )
+    own_query = query + row.to(tl.int64) * stride_token
+    real = m < GROUP
+    keys = key_pages + head * (PAGE_SIZE * KEY_DIM)
+    values = value_pages + head * (PAGE_SIZE * VALUE_DIM)
+    own_table = table + row.to(tl.int64) * width
+    # fmt: off
+    if SHARES > 1:
+        at = own_query + heads[None, :] * stride_head + d[:, None]
+        tile = tl.load(at, mask=real[None, :] & (d < KEY_DIM)[:, None], other=0.0)
+        acc, most, total = attend_apart(
+            tile, keys, values, own_table, start, stop, length - window, scale, cap, KV_HEADS, PAGE_SIZE, KEY_DIM,
+            VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SHARES, WINDOWED, CAPPED, PRECISION, STAGES,
+        )
+        acc = tl.trans(acc)
+    else:
+        at = own_query + heads[:, None] * stride_head + d[None, :]
+        tile = tl.load(at, mask=real[:, None] & (d < KEY_DIM)[None, :], other=0.0)
+        high = tl.full([BLOCK_M], 0, tl.int32) + length
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc, most, total = attend(
+            acc, most, total, tile, keys, values, own_table, start, stop, high - window, high, high, high, scale, cap,
+            KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, True, WINDOWED, False, CAPPED,
+            PRECISION, STAGES,
+        )
+    # fmt: on
     admit_next(OVERLAP)
-    kept = (m < GROUP)[:, None] & (v < VALUE_DIM)[None, :]
+    kept = real[:, None] & (v < VALUE_DIM)[None, :]
     if count <= 1:
         sink = most
         if SINKS:
-            sink = tl.load(sinks + heads, mask=m < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+            sink = tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
         done = normalised(acc, most, total, sink, SINKS)
         line = row.to(tl.int64) * (KV_HEADS * GROUP) + heads
         tl.store(out + line[:, None] * VALUE_DIM + v[None, :], done.to(out.dtype.element_ty), mask=kept)
     else:
         line = (row.to(tl.int64) * splits + split) * (KV_HEADS * GROUP) + heads
         tl.store(parts + line[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
-        tl.store(stats + line * 2, most, mask=m < GROUP)
-        tl.store(stats + line * 2 + 1, total, mask=m < GROUP)
+        tl.store(stats + line * 2, most, mask=real)
+        tl.store(stats + line * 2 + 1, total, mask=real)
         tl.debug_barrier()  # all of the part is written before it is said to be there
         flag = arrived + row * KV_HEADS + head
         if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
@@ -169,9 +180,11 @@ def decode(
     rows, heads, _ = query.shape
     _, kv_heads, _, value_dim = value_pages.shape
     seen = longest if window is None else min(longest, window + config.block_n)
-    splits = max(1, -(-seen // config.split))
-    parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
     shape = head_shape(heads, key_pages, value_pages)
+    target = target_of(query.device)
+    config = config if softcap is None else with_softcap(config)
+    splits = splits_of(seen, config.split, full_splits(shape, target))
+    parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
     chosen = dict(windowed=window is not None, sinks=sinks is not None)
     sinks = out if sinks is None else sinks  # stands for what is not read
     decode_kernel[(rows * kv_heads * splits,)](
@@ -192,19 +205,25 @@ def decode(
         scale if softcap is not None else scale * LOG2E,
         softcap or 0.0,
         *query.stride()[:2],
-        **decode_constants(shape, config, capped=softcap is not None, **chosen),
+        **decode_constants(shape, config, target, capped=softcap is not None, **chosen),
         **overlap(query.device),
         num_warps=config.warps,
         num_stages=config.stages,
     )
 
 
-def decode_constants(shape: HeadShape, config: TileConfig, *, windowed: bool, capped: bool, sinks: bool) -> dict:
+def decode_constants(
+    shape: HeadShape, config: TileConfig, target: Target, *, windowed: bool, capped: bool, sinks: bool
+) -> dict:
     """What `decode_kernel` is compiled for."""
+    parts = shares(shape, config, target)
     return {
         **tile_constants(shape, config),
         **merge_constants(shape),
+        "BLOCK_M": 8 if parts > 1 else config.block_m,
         "SPLIT": config.split,
+        "FULL": full_splits(shape, target),
+        "SHARES": parts,
         "WINDOWED": windowed,
         "CAPPED": capped,
         "SINKS": sinks,

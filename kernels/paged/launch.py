@@ -5,7 +5,7 @@ Nothing here depends on how many rows a step has: a row's result must not depend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,7 +58,7 @@ class TileConfig:
     Attributes:
         block_m: lines of a tile: queries times query heads a KV head.
         block_n: slots of a tile.
-        split: slots that one program reads of a row's, a multiple of `block_n`.
+        split: slots that one program reads of a row's, about (see `splits_of`); a multiple of `block_n`.
         warps, stages: as Triton has them.
         precision: of products of float32.
     """
@@ -160,14 +160,44 @@ def _fit(shape: HeadShape, target: Target, block_m: int, block_n: int, stages: i
 def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     """One query a row: memory is what counts. Tiles of 32 KiB, of which several are on their way.
 
-    A row of 32k slots alone is enough for about two programs a processor; rows are split alike in any batch.
+    Two warps that have nothing to exchange keep up with memory, and leave room for three programs a processor.
     """
     block_m = max(16, power_of_two(shape.group))
     block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), 16 * KIB // (block_m * shape.itemsize))
     block_n, stages = _fit(shape, target, block_m, max(16, block_n), 3 if target.backend == "cuda" else 2)
     split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
-    warps = 4 if shape.slot_bytes <= KIB and block_m < 32 else 8
-    return TileConfig(block_m, block_n, max(split, block_n), warps, stages, _precision(shape, target))
+    config = TileConfig(block_m, block_n, max(split, block_n), 2, stages, _precision(shape, target))
+    if shares(shape, config, target) == 1:
+        config = replace(config, warps=4 if shape.slot_bytes <= KIB and block_m < 32 else 8)
+    return config
+
+
+def with_softcap(config: TileConfig) -> TileConfig:
+    """What `decode` takes instead where scores are capped: two warps would be short of registers."""
+    return replace(config, warps=max(4, config.warps))
+
+
+def full_splits(shape: HeadShape, target: Target) -> int:
+    """Splits of a row with which it occupies the card by itself."""
+    return max(1, target.processors // shape.kv_heads)
+
+
+def splits_of(slots: int, split: int, full: int) -> int:
+    """How many splits of `decode` a row of `slots` has: one for `split` slots, give or take half of that; where `full`
+    are enough to occupy the card, they may have twice as many slots. (`decode_kernel` says the same.)"""
+    return max(1, min((slots + split // 2) // split, max(full, (slots + split) // (2 * split))))
+
+
+def shares(shape: HeadShape, config: TileConfig, target: Target) -> int:
+    """Parts of a tile of `decode` that have a softmax of their own: one a warp, or 1.
+
+    For heads of a power of two of elements and up to 8 query heads a KV head: others take more registers than there
+    are, and so do AMD's products of so few columns.
+    """
+    whole = shape.key_dim == padded(shape.key_dim) and shape.value_dim == padded(shape.value_dim)
+    small = shape.group <= 8 and shape.slot_bytes <= KIB // 2
+    fits = config.block_n >= 16 * config.warps and target.backend == "cuda"
+    return config.warps if whole and small and fits else 1
 
 
 def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:

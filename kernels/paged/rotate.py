@@ -6,23 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.launch import HeadShape, padded
+from hf_paged.kernels.launch import HeadShape, padded, power_of_two
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
 from hf_paged.kernels.write_triton import as_stored
 
 
 @triton.jit
 def _rotated(at, weight, cosine, sine, there, eps, DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr):
-    """A head at `at`, in two halves `[1, HALF]`: normed, then rotated (Su et al., "RoFormer", 2021). float32."""
+    """Heads at `at` `[LINES, 1]`, in two halves `[LINES, HALF]`: normed, then rotated (Su et al., "RoFormer", 2021).
+    float32."""
     d = tl.arange(0, HALF)[None, :]
+    inside = d < DIM // 2
     first = tl.load(at + d, mask=there, other=0.0)
     second = tl.load(at + DIM // 2 + d, mask=there, other=0.0)
     dtype = first.dtype
     first, second = first.to(tl.float32), second.to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt_rn(tl.sum(first * first + second * second, 1) / DIM + eps)
-        low = tl.load(weight + d, mask=there, other=0.0).to(tl.float32)
-        high = tl.load(weight + DIM // 2 + d, mask=there, other=0.0).to(tl.float32)
+        low = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(weight + DIM // 2 + d, mask=inside, other=0.0).to(tl.float32)
         first = ((first * scale[:, None]).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
         second = ((second * scale[:, None]).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
     return first * cosine - second * sine, second * cosine + first * sine
@@ -33,28 +35,33 @@ def rotate_kernel(
     query, key, value, query_weight, key_weight, cosines, sines, slots, new_query, new_key, key_pages, value_pages,
     query_token, key_token, value_token, query_eps, key_eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    LINES: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: a query's, or a key's with its value. A slot under 0 takes nothing.
+    """`LINES` heads of one token: queries' first, then keys' with their values. A slot under 0 takes nothing.
 
     Of cosines and sines `[tokens, head_dim]` the second half is read; sines have another sign in the first.
     """
     await_others(OVERLAP)
     admit_next(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    block = tl.program_id(1)
+    QUERIES: tl.constexpr = (HEADS + LINES - 1) // LINES
     d = tl.arange(0, HALF)[None, :]
-    there = d < DIM // 2
-    cosine = tl.load(cosines + token * DIM + DIM // 2 + d, mask=there, other=0.0).to(tl.float32)
-    sine = tl.load(sines + token * DIM + DIM // 2 + d, mask=there, other=0.0).to(tl.float32)
-    if head < HEADS:
+    inside = d < DIM // 2
+    cosine = tl.load(cosines + token * DIM + DIM // 2 + d, mask=inside, other=0.0).to(tl.float32)
+    sine = tl.load(sines + token * DIM + DIM // 2 + d, mask=inside, other=0.0).to(tl.float32)
+    line = tl.arange(0, LINES)[:, None]
+    if block < QUERIES:
+        head = block * LINES + line
+        there = inside & (head < HEADS)
         at = query + token * query_token + head * DIM
         first, second = _rotated(at, query_weight, cosine, sine, there, query_eps, DIM, HALF, NORM)
         out = new_query + (token * HEADS + head) * DIM + d
         tl.store(out, first.to(new_query.dtype.element_ty), mask=there)
         tl.store(out + DIM // 2, second.to(new_query.dtype.element_ty), mask=there)
     else:
-        own = head - HEADS
+        own = (block - QUERIES) * LINES + line
+        there = inside & (own < KV_HEADS)
         source = key + token * key_token + own * DIM
         low, high = _rotated(source, key_weight, cosine, sine, there, key_eps, DIM, HALF, NORM)
         low = low.to(new_key.dtype.element_ty)
@@ -63,15 +70,15 @@ def rotate_kernel(
         tl.store(fresh, low, mask=there)
         tl.store(fresh + DIM // 2, high, mask=there)
         slot = tl.load(slots + token)
-        stored = d < (DIM // 2) * (slot >= 0).to(tl.int32)
-        line = ((slot // PAGE_SIZE * KV_HEADS + own) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + d
-        tl.store(key_pages + line, as_stored(low, key_pages), mask=stored)
-        tl.store(key_pages + line + DIM // 2, as_stored(high, key_pages), mask=stored)
+        stored = there & (d < (DIM // 2) * (slot >= 0).to(tl.int32))
+        place = ((slot // PAGE_SIZE * KV_HEADS + own) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + d
+        tl.store(key_pages + place, as_stored(low, key_pages), mask=stored)
+        tl.store(key_pages + place + DIM // 2, as_stored(high, key_pages), mask=stored)
         new_value = value + token * value_token + own * DIM + d
         low = tl.load(new_value, mask=stored)
         high = tl.load(new_value + DIM // 2, mask=stored)
-        tl.store(value_pages + line, as_stored(low, value_pages), mask=stored)
-        tl.store(value_pages + line + DIM // 2, as_stored(high, value_pages), mask=stored)
+        tl.store(value_pages + place, as_stored(low, value_pages), mask=stored)
+        tl.store(value_pages + place + DIM // 2, as_stored(high, value_pages), mask=stored)
 
 
 def rotate_and_store(
@@ -104,21 +111,30 @@ def rotate_and_store(
     query_weight, query_eps, key_weight, key_eps = norms or (query, 0.0, query, 0.0)
     shape = HeadShape(heads // kv_heads, kv_heads, dim, dim, query.element_size(), key_pages.shape[2])
     if tokens:
-        rotate_kernel[(tokens, heads + kv_heads)](
+        constants = rotate_constants(shape, norms is not None)
+        blocks = sum(-(-count // constants["LINES"]) for count in (heads, kv_heads))
+        rotate_kernel[(tokens, blocks)](
             query, key, value, query_weight, key_weight, cosines, sines, slots, out, new_key, key_pages, value_pages,
             query.stride(0), key.stride(0), value.stride(0), query_eps, key_eps,
-            **rotate_constants(shape, norms is not None), **overlap(query.device), num_warps=1,
+            **constants, **overlap(query.device), num_warps=rotate_warps(constants),
         )  # fmt: skip
     return out, new_key
 
 
 def rotate_constants(shape: HeadShape, norm: bool) -> dict:
     """What `rotate_kernel` is compiled for."""
+    heads = shape.group * shape.kv_heads
     return {
-        "HEADS": shape.group * shape.kv_heads,
+        "HEADS": heads,
         "KV_HEADS": shape.kv_heads,
         "PAGE_SIZE": shape.page_size,
         "DIM": shape.key_dim,
         "HALF": padded(shape.key_dim) // 2,
+        "LINES": min(8, power_of_two(heads)),
         "NORM": norm,
     }
+
+
+def rotate_warps(constants: dict) -> int:
+    """Warps of a program: eight elements of each half a thread."""
+    return min(max(constants["LINES"] * constants["HALF"] // 256, 1), 8)
