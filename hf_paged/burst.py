@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from hf_paged.plan import PlanRow
 from hf_paged.sampling import SampleResult, drawn_errors
 
@@ -39,17 +41,21 @@ def burst_length(work: Sequence[PlanRow], core: EngineCore) -> int:
     """Steps that these rows can do at once; 0 where one of them needs the host between its steps."""
     if not all(_simple(planned) for planned in work):
         return 0
-    left = [planned.row.request.max_tokens - len(planned.row.output_ids) for planned in work]
+    left = np.array([planned.row.request.max_tokens - len(planned.row.output_ids) for planned in work])
     waits = len(core.roster.running) > len(work) or next(core.roster.waiting(), None) is not None
-    steps = min(core.stepper.most, min(WHILE_OTHERS_WAIT, *left) if waits else max(left))
-    memory = core.memory
-    while steps > 1:
-        pages = sum(memory.needed(p.sequence, min(steps, n)) for p, n in zip(work, left, strict=True))
-        if pages <= memory.available:
-            break
+    most = min(WHILE_OTHERS_WAIT, left.min()) if waits else left.max()
+    steps, memory = int(min(core.stepper.most, most)), core.memory
+    computed = np.array([planned.sequence.computed for planned in work])
+    held = np.array([len(planned.sequence.pages) for planned in work])
+
+    def fresh(steps: int) -> np.ndarray:
+        """Pages that each row must take. (Its last one is its own: a slot of it is reserved.)"""
+        return np.maximum(-(-(computed + np.minimum(steps, left)) // memory.page_size) - held, 0)
+
+    while steps > 1 and fresh(steps).sum() > memory.available:
         steps //= 2
-    for planned, own in zip(work, left, strict=True):
-        core.store.copy(memory.reserve(planned.sequence, min(steps, own)))
+    for at in np.flatnonzero(fresh(steps)).tolist():
+        core.store.copy(memory.reserve(work[at].sequence, int(min(steps, left[at]))))
     return steps
 
 
@@ -101,9 +107,9 @@ def _take_step(
     """Commit what one step computed and take its tokens; the rows that go on."""
     for _, planned in alive:
         core.memory.commit(planned.sequence, 1)
-    before = len(result.tokens)
+    before = len(result.ids)
     goes_on = [core.outcomes.take(result, planned.row, sampled, place) for place, planned in alive]
-    generated = len(result.tokens) - before
+    generated = len(result.ids) - before
     for _, planned in alive:
         if planned.row.finish_reason and planned.row.sequence is not None:
             core.outcomes.finish(planned.row)

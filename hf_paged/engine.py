@@ -215,7 +215,7 @@ class EngineCore:
         result.finished = self.roster.collect()
         seconds = time.perf_counter() - begun
         self.recorder.step_seconds += seconds
-        self.drafting.stepped(seconds, len(result.tokens))
+        self.drafting.stepped(seconds, len(result.ids))
         if self.settings.check:
             self.check()
         return result
@@ -338,7 +338,7 @@ class EngineCore:
         for drawing in drawings:  # all rows of a request share its prompt before any of them can end
             if drawing.row.sequence is None:
                 self.roster.branch(drawing.row)
-        before = len(result.tokens)
+        before = len(result.ids)
         if drawings:
             draw(drawings, logits, partial(self.outcomes.take, result))
         if drafts:
@@ -351,5 +351,5 @@ class EngineCore:
         for row, error in scored:
             self.outcomes.finish_scored(row, error)
         self.roster.shed(self.settings.max_sequences)
-        generated = len(result.tokens) - before
+        generated = len(result.ids) - before
         self.recorder.add(steps=1, rows=len(work), prompt_tokens=known, generated_tokens=generated)

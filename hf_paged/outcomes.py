@@ -20,10 +20,20 @@ from hf_paged.text import Decode
 
 @dataclass(eq=False)
 class StepResult:
-    """What a step gave: tokens in the order of rows, and the requests that ended."""
+    """What a step gave: tokens `ids` of `rows`, in their order, and the requests that ended.
 
-    tokens: list[tuple[Row, int]] = field(default_factory=list)
+    Two lists, not one of pairs: thousands of pairs a step would keep Python's garbage collector busy, which looks at a
+    whole model's objects for them.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[tuple[Row, int]]:
+        """The rows that got a token, and the tokens."""
+        return list(zip(self.rows, self.ids, strict=True))
 
 
 class Outcomes:
@@ -54,7 +64,8 @@ class Outcomes:
         except BaseException:
             row.shorten(before)
             raise
-        result.tokens.append((row, row.tokens[-1]))
+        result.rows.append(row)
+        result.ids.append(row.tokens[-1])
         return not finished
 
     def finish(self, row: Row) -> None:

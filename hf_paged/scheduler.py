@@ -75,10 +75,8 @@ def decide(running: Iterable[Row], waiting: Iterable[Row], limits: Limits, suppl
     """
     ordered = sorted(running, key=lambda row: row.order)
     grants = _Grants(ordered, limits, supply)
-    for decoding in (True, False):
-        for row in ordered:
-            if (row.sequence.pending == 1) == decoding:
-                grants.give(row)
+    for row in sorted(ordered, key=lambda row: row.sequence.pending != 1):
+        grants.give(row)
     admitted = []
     if not grants.preempted:
         admitted = _admit(iter(waiting), limits, grants, supply)

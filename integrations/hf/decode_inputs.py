@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -107,11 +108,10 @@ def fill(arrays: dict[str, np.ndarray], rows: Sequence[PlanRow], page_size: int)
     arrays["limit"][:n] = [1.0 - p.top_p if p.top_p < 1.0 else -1.0 for p in params]
     arrays["min_p"][:n] = [p.min_p for p in params]
     table = arrays["table"]
-    for line, planned in enumerate(rows):
-        pages = planned.sequence.pages
-        table[line, : len(pages)] = pages
-        table[line, len(pages) :] = 0
-    table[n:] = 0
+    table.fill(0)
+    held = np.array([len(planned.sequence.pages) for planned in rows])
+    pages = chain.from_iterable(planned.sequence.pages for planned in rows)
+    table[:n][np.arange(table.shape[1]) < held[:, None]] = np.fromiter(pages, np.int32, held.sum())
     page = table[np.arange(n), computed // page_size].astype(np.int64)
     arrays["slots"][:n] = page * page_size + computed % page_size
 

@@ -21,6 +21,7 @@ from hf_paged.store import BITS
 
 # Numbers of a weight that are compared at the beginning of a call, and at every step.
 SAMPLES, STEP_SAMPLES = 64, 4
+PLAIN_TENSORS = {nn.Parameter, torch.Tensor}
 
 
 class Fingerprint:
@@ -54,7 +55,7 @@ class Fingerprint:
     def placed_as_before(self) -> bool:
         """Whether all weights are where they were, and no counted write changed them."""
         tensors = [ref() for ref in self.tensors]
-        return all(tensor is not None for tensor in tensors) and _places(tensors) == self.places
+        return not any(tensor is None for tensor in tensors) and _places(tensors) == self.places
 
 
 class Validity:
@@ -111,15 +112,20 @@ def identity(model: nn.Module) -> str:
 def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What it is made of, where it is no plain tensor: its share here if it is spread over processes, or its integers
     and scales if it is quantised."""
-    if type(tensor) in (nn.Parameter, torch.Tensor) or not hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) in PLAIN_TENSORS or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
     return [leaf for part in parts if isinstance(part, torch.Tensor) for leaf in _leaves(part)]
 
 
 def _places(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
-    versions = [0 if t.is_inference() else t._version for t in tensors]
-    return [(v, *(leaf.data_ptr() for leaf in _leaves(t))) for v, t in zip(versions, tensors, strict=True)]
+    """Version and address of each. Made between any two steps, so plain tensors take no detour."""
+    return [
+        (0 if t.is_inference() else t._version, t.data_ptr())
+        if type(t) in PLAIN_TENSORS
+        else (0 if t.is_inference() else t._version, *(leaf.data_ptr() for leaf in _leaves(t)))
+        for t in tensors
+    ]
 
 
 def _numbers(tensors: list[torch.Tensor], count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
