@@ -114,8 +114,8 @@ def build_work(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Items, merges and lines (see `WorkList`) of the chosen rows.
 
-    A row of `t` tiles is split every `t * config.split` slots: few queries over many slots are many programs as well,
-    and parts stay few. Which, depends on the row alone.
+    A row of `t` tiles has a part for `t * config.split` slots, give or take half of that: few queries over many slots
+    are many programs as well, and parts stay few. Which, depends on the row alone.
 
     Args:
         chosen: int64, places of rows. seen: what each query of the step sees, where drafts branch.
@@ -123,13 +123,15 @@ def build_work(
     tiles = _tiles(rows, chosen, config.block_m // group)
     start, clear, full, stop = _ranges(tiles, config.block_n, window, seen)
     size = config.split * tiles.of_row
-    parts = np.maximum(-(-(stop - start) // size), 1)
+    parts = np.maximum((stop - start + size // 2) // size, 1)
     lines = np.where(parts > 1, parts * tiles.count, 0)
     line = np.cumsum(lines) - lines
     at = np.repeat(np.arange(len(parts)), parts)
     number = np.arange(len(at)) - (np.cumsum(parts) - parts)[at]
-    begin = start[at] + number * size[at]
-    end = np.minimum(begin + size[at], stop[at])
+    # As many blocks to each part, the first ones take what is left over.
+    each, over = np.divmod(-(-(stop - start) // config.block_n), parts)
+    begin = start[at] + (number * each[at] + np.minimum(number, over[at])) * config.block_n
+    end = np.minimum(begin + (each[at] + (number < over[at])) * config.block_n, stop[at])
     part = np.where(parts[at] > 1, line[at] + number * tiles.count[at], -1)
     clear, full = (np.clip(edge[at], begin, end) for edge in (clear, full))
     fields = [tiles.row[at], tiles.token[at], tiles.count[at], tiles.own[at], begin, clear, full, end, part]

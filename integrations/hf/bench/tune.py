@@ -60,7 +60,8 @@ def scenes_of(kind: str, scale: Scale) -> list[Scene]:
         return [make_scene(scale, [1] * rows, [context] * rows) for rows, context in scale.decodes]
     if kind == "few":
         rows, tokens, context = scale.verify
-        return [make_scene(scale, [tokens] * rows, [context] * rows)]
+        lone = max(context for _, context in scale.decodes)  # many rows alone would do best without any splits
+        return [make_scene(scale, [tokens] * n, [slots] * n) for n, slots in ((rows, context), (1, context), (1, lone))]
     return [make_scene(scale, [scale.prefill], [scale.prefill])]
 
 
