@@ -20,7 +20,7 @@ from tiny_models import make as make_model
 
 import hf_paged
 from hf_paged import Engine
-from hf_paged.kernels import backends, choose_backend, launch, paged_attention, write_kv
+from hf_paged.kernels import PagedRows, backends, choose_backend, launch, paged_attention, write_kv
 
 pytest.importorskip("triton")
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -328,6 +328,27 @@ def test_splits_grow_with_a_row():
         assert before <= count <= max(1, slots // split + 1)
         assert slots <= count * split * 2.5
         before = count
+
+
+@pytest.mark.parametrize("count, slots, parts", [(4, 40, 1), (4, 95, 1), (4, 97, 2), (4, 640, 6), (64, 640, 3)])
+def test_a_few_queries_are_split_evenly(count, slots, parts):
+    """Whole blocks, each slot once, no more parts than occupy the card until they are twice as large."""
+    from hf_paged.kernels.worklist import build_work
+
+    lens = np.array([count]), np.array([slots])
+    rows = PagedRows(16, 0, *lens, np.ones((1, 40), np.int64), torch.zeros(count, dtype=torch.long))
+    config = launch.TileConfig(64, 16, 64, 4, 3)
+    items, lines, tiles = build_work(rows, np.array([0]), config, 2, 6, None, None)
+    start, stop, part, first, pieces, tile = items[:, [4, 7, 8, 9, 10, 11]].T
+    assert tiles == -(-count // 32) and len(items) == sum(pieces[tile == t][0] for t in range(tiles))
+    assert lines == (count * parts if parts > 1 else 0) and (pieces == parts).all()
+    for t in range(tiles):
+        own = np.sort(start[tile == t])
+        assert own[0] == 0 and (own % 16 == 0).all()
+        assert sum(stop[tile == t] - start[tile == t]) == stop[tile == t].max()
+        if parts > 1:
+            number = (part - first)[tile == t] // min(count, 32)
+            assert sorted(number) == list(range(parts))
 
 
 def test_shapes_that_the_kernels_do_not_take():

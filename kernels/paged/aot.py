@@ -37,7 +37,6 @@ from hf_paged.kernels.launch import (
     with_softcap,
 )
 from hf_paged.kernels.product import product_constants, product_kernel
-from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
 from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
 from hf_paged.kernels.rotate import rotate_constants, rotate_kernel, rotate_warps
 from hf_paged.kernels.write_triton import write_constants, write_kernel
@@ -55,8 +54,7 @@ ARGUMENTS = {
     "decode": "query:*T key_pages:*P value_pages:*P table:*i32 context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
     "arrived:*i32 rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
     "extend": "query:*T key_pages:*P value_pages:*P table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
-    "stats:*fp32 width:i32 window:i32 " + _TILES,
-    "reduce": "parts:*fp32 stats:*fp32 merges:*i32 sinks:*T out:*T",
+    "stats:*fp32 arrived:*i32 width:i32 window:i32 " + _TILES,
     "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
     "positions:*i64 listed:*i32 out:*i32",
     "advance": "out:*i32 ids:*i64 positions:*i64 slots:*i64 context:*i32 table:*i32 rows:i32 width:i32",
@@ -76,7 +74,6 @@ KERNELS = {
     "extend": extend_kernel,
     "gate": gate_kernel,
     "product": product_kernel,
-    "reduce": reduce_kernel,
     "rms_norm": rms_norm_kernel,
     "rotate": rotate_kernel,
     "write": write_kernel,
@@ -134,7 +131,6 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
         chosen = with_softcap(config) if on else config
         constants = decode_constants(shape, chosen, target, capped=on, **options)
         yield made("decode", constants, chosen.warps, chosen.stages)
-        yield made("reduce", reduce_constants(shape, sinks=on))
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=on and few, capped=on, **options)
             yield made("extend", constants, chosen.warps, chosen.stages)

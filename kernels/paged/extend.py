@@ -13,7 +13,7 @@ import triton.language as tl
 
 from hf_paged.kernels.decode import LOG2E, part_buffers
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
-from hf_paged.kernels.reduce import reduce_constants, reduce_kernel
+from hf_paged.kernels.overlap import admit_next, await_others, overlap
 from hf_paged.kernels.tiles import attend, normalised
 from hf_paged.kernels.worklist import WorkList
 
@@ -30,6 +30,7 @@ def extend_kernel(
     out,
     parts,
     stats,
+    arrived,
     width,
     window,
     scale,
@@ -51,14 +52,19 @@ def extend_kernel(
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One item of the work list (`worklist.py` has its fields) and one KV head.
+    """One item of the work list (`worklist.py` has its fields) and one KV head. Of a tile's parts the program that ends
+    last merges all, in their order.
 
-    `seen` is int64 `[tokens, 4]`: low, high, base and visible bits of each query (read with `TREE`).
+    `seen` is int64 `[tokens, 4]`: low, high, base and visible bits of each query (read with `TREE`). `parts` and
+    `stats` are float32 `[lines, heads, value_dim]` and `[lines, heads, 2]`; `arrived` int32 `[tiles, kv_heads]`: parts
+    that are done, 0 before and after.
     """
+    await_others(OVERLAP)
     pid = tl.program_id(0)
     head = pid % KV_HEADS
-    item = items + (pid // KV_HEADS) * 9
+    item = items + (pid // KV_HEADS) * 12
     row = tl.load(item)
     token = tl.load(item + 1)
     count = tl.load(item + 2)
@@ -68,6 +74,9 @@ def extend_kernel(
     full = tl.load(item + 6)
     stop = tl.load(item + 7)
     part = tl.load(item + 8)
+    first = tl.load(item + 9)
+    pieces = tl.load(item + 10)
+    tile_index = tl.load(item + 11)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     v = tl.arange(0, BLOCK_V)
@@ -109,19 +118,40 @@ def extend_kernel(
         PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, True, WINDOWED, TREE, CAPPED, PRECISION, STAGES,
     )
     # fmt: on
+    admit_next(OVERLAP)
     kept = real[:, None] & (v < VALUE_DIM)[None, :]
-    if part < 0:
+    last = part < 0
+    if part >= 0:
+        to = (part + place).to(tl.int64) * (KV_HEADS * GROUP) + heads
+        tl.store(parts + to[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
+        tl.store(stats + to * 2, most, mask=real)
+        tl.store(stats + to * 2 + 1, total, mask=real)
+        tl.debug_barrier()  # all of the part is written before it is said to be there
+        flag = arrived + tile_index * KV_HEADS + head
+        last = tl.atomic_add(flag, 1, sem="acq_rel") == pieces - 1
+        if last:
+            tl.store(flag, 0)
+            acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            for piece in range(pieces):
+                of = (first + piece * count + place).to(tl.int64) * (KV_HEADS * GROUP) + heads
+                values_of = tl.load(parts + of[:, None] * VALUE_DIM + v[None, :], mask=kept, other=0.0)
+                peak_of = tl.load(stats + of * 2, mask=real, other=float("-inf"))
+                peak = tl.maximum(most, peak_of)
+                around = tl.where(peak == float("-inf"), 0.0, peak)
+                weight = tl.exp2(peak_of - around)
+                fade = tl.exp2(most - around)
+                total = total * fade + tl.load(stats + of * 2 + 1, mask=real, other=0.0) * weight
+                acc = acc * fade[:, None] + values_of * weight[:, None]
+                most = peak
+    if last:
         sink = most
         if SINKS:
             sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
         done = normalised(acc, most, total, sink, SINKS)
         to = tokens * (KV_HEADS * GROUP) + heads
         tl.store(out + to[:, None] * VALUE_DIM + v[None, :], done.to(out.dtype.element_ty), mask=kept)
-    else:
-        to = (part + place).to(tl.int64) * (KV_HEADS * GROUP) + heads
-        tl.store(parts + to[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
-        tl.store(stats + to * 2, most, mask=real)
-        tl.store(stats + to * 2 + 1, total, mask=real)
 
 
 def extend(
@@ -165,18 +195,17 @@ def extend(
         out,
         parts,
         stats,
+        work.arrived,
         table.shape[1],
         window or 0,
         scale if softcap is not None else scale * LOG2E,
         softcap or 0.0,
         *query.stride()[:2],
         **extend_constants(shape, config, tree=work.seen is not None, capped=softcap is not None, **chosen),
+        **overlap(query.device),
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if work.lines:
-        constants = reduce_constants(shape, sinks=chosen["sinks"])
-        reduce_kernel[(len(work.merges) * kv_heads,)](parts, stats, work.merges, sinks, out, **constants)
 
 
 def extend_constants(

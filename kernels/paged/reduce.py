@@ -68,40 +68,7 @@ def store_merged(
     tl.store(at, done.to(out.dtype.element_ty), mask=real[:, None] & (v < VALUE_DIM)[None, :])
 
 
-@triton.jit
-def reduce_kernel(
-    parts, stats, merges, sinks, out,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """One query and KV head: `parts` float32 `[lines, heads, value_dim]`, `stats` `[lines, heads, 2]`: peak and sum.
-
-    `merges` is int32 `[queries, 4]`: place of the query in `out`, its first line, how far apart its lines are, how many
-    they are.
-    """
-    pid = tl.program_id(0)
-    merge = merges + (pid // KV_HEADS) * 4
-    # fmt: off
-    store_merged(
-        parts, stats, tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3), tl.load(merge), pid % KV_HEADS,
-        sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
-    )
-    # fmt: on
-
-
 def merge_constants(shape: HeadShape) -> dict:
     """Sizes of what `merged` takes at once."""
     group = power_of_two(shape.group)
     return {"BLOCK_G": group, "BLOCK_P": max(1, min(32, TILE // (group * padded(shape.value_dim))))}
-
-
-def reduce_constants(shape: HeadShape, *, sinks: bool) -> dict:
-    """What `reduce_kernel` is compiled for."""
-    return {
-        "GROUP": shape.group,
-        "KV_HEADS": shape.kv_heads,
-        "VALUE_DIM": shape.value_dim,
-        "BLOCK_V": padded(shape.value_dim),
-        "SINKS": sinks,
-        **merge_constants(shape),
-    }

@@ -114,9 +114,10 @@ def paged_attention(
 
             def work(few=few, config=config):
                 chosen = _chosen(rows, few_lines(shape, target) // shape.group, few)
-                return work_list(rows, chosen, config, shape.group, window, _branches(rows, window), device)
+                branches = _branches(rows, window)
+                return work_list(rows, chosen, config, shape, window, branches, device)
 
-            items = rows.derived(("work", window, shape.group, config, few), work)
+            items = rows.derived(("work", window, shape.group, shape.kv_heads, config, few), work)
             if items is not None:
                 extend(query, key_pages, value_pages, step.table, items, out, config, **options)
     return out

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_paged.kernels.launch import TileConfig
+from hf_paged.kernels.card import target_of
+from hf_paged.kernels.launch import HeadShape, TileConfig, full_splits
 from hf_paged.kernels.rows import ALL, PagedRows
 from hf_paged.kernels.seen import Seen
 
@@ -18,7 +19,8 @@ from hf_paged.kernels.seen import Seen
 #   start, clear, full, stop: slots that it reads; all its queries see those from clear to full. Multiples of block_n,
 #       but for stop.
 #   part: its first line among the parts; -1: it is no part.
-FIELDS = 9
+#   first, parts, tile: the tile's first line, how many parts it has, its number: who ends last merges them.
+FIELDS = 12
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -50,15 +52,15 @@ class WorkList:
     """What `extend` computes.
 
     Attributes:
-        items: int32 `[n, 9]`, most work first.
-        merges: int32 `[m, 4]`, for queries whose rows are split: place, first line, how far lines are apart, lines.
+        items: int32 `[n, 12]`, most work first.
         lines: lines of all parts.
+        arrived: int32 `[tiles, kv_heads]`, zeros: parts that are done, while a kernel runs.
         seen: int64 `[tokens, 4]`, low, high, base and visible bits of each query; None where no drafts branch.
     """
 
     items: torch.Tensor
-    merges: torch.Tensor
     lines: int
+    arrived: torch.Tensor
     seen: torch.Tensor | None
 
 
@@ -110,55 +112,61 @@ def _of_tiles(best: np.ufunc, values: np.ndarray, edges: np.ndarray) -> np.ndarr
 
 
 def build_work(
-    rows: PagedRows, chosen: np.ndarray, config: TileConfig, group: int, window: int | None, seen: Seen | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Items, merges and lines (see `WorkList`) of the chosen rows.
+    rows: PagedRows,
+    chosen: np.ndarray,
+    config: TileConfig,
+    group: int,
+    enough: int,
+    window: int | None,
+    seen: Seen | None,
+) -> tuple[np.ndarray, int, int]:
+    """Items (see `WorkList`), lines and tiles of the chosen rows.
 
     A row of `t` tiles has a part for `t * config.split` slots, give or take half of that: few queries over many slots
-    are many programs as well, and parts stay few. Which, depends on the row alone.
+    are many programs as well, and parts stay few. Which, depends on the row alone, as in `splits_of`.
 
     Args:
-        chosen: int64, places of rows. seen: what each query of the step sees, where drafts branch.
+        chosen: int64, places of rows. enough: parts with which a tile occupies the card by itself.
+        seen: what each query of the step sees, where drafts branch.
     """
     tiles = _tiles(rows, chosen, config.block_m // group)
     start, clear, full, stop = _ranges(tiles, config.block_n, window, seen)
     size = config.split * tiles.of_row
-    parts = np.maximum((stop - start + size // 2) // size, 1)
+    slots = stop - start
+    most = np.maximum(-(-enough // tiles.of_row), (slots + size) // (2 * size))
+    parts = np.maximum(np.minimum((slots + size // 2) // size, most), 1)
     lines = np.where(parts > 1, parts * tiles.count, 0)
     line = np.cumsum(lines) - lines
     at = np.repeat(np.arange(len(parts)), parts)
     number = np.arange(len(at)) - (np.cumsum(parts) - parts)[at]
     # As many blocks to each part, the first ones take what is left over.
-    each, over = np.divmod(-(-(stop - start) // config.block_n), parts)
+    each, over = np.divmod(-(-slots // config.block_n), parts)
     begin = start[at] + (number * each[at] + np.minimum(number, over[at])) * config.block_n
     end = np.minimum(begin + (each[at] + (number < over[at])) * config.block_n, stop[at])
     part = np.where(parts[at] > 1, line[at] + number * tiles.count[at], -1)
     clear, full = (np.clip(edge[at], begin, end) for edge in (clear, full))
     fields = [tiles.row[at], tiles.token[at], tiles.count[at], tiles.own[at], begin, clear, full, end, part]
-    items = np.stack(fields, 1)[np.argsort(begin - end, kind="stable")]
-    split = np.flatnonzero(parts > 1)
-    of = np.repeat(split, tiles.count[split])
-    place = np.arange(len(of)) - (np.cumsum(tiles.count[split]) - tiles.count[split])[np.searchsorted(split, of)]
-    merges = np.stack([tiles.token[of] + place, line[of] + place, tiles.count[of], parts[of]], 1)
-    return items, merges, int(lines.sum())
+    items = np.stack([*fields, line[at], parts[at], at], 1)[np.argsort(begin - end, kind="stable")]
+    return items, int(lines.sum()), len(parts)
 
 
 def work_list(
     rows: PagedRows,
     chosen: np.ndarray,
     config: TileConfig,
-    group: int,
+    shape: HeadShape,
     window: int | None,
     seen: Seen | None,
     device: torch.device,
 ) -> WorkList | None:
     """`build_work` on the device, one copy; None where no chosen row has a query."""
-    items, merges, lines = build_work(rows, chosen, config, group, window, seen)
+    enough = full_splits(shape, target_of(device))
+    items, lines, tiles = build_work(rows, chosen, config, shape.group, enough, window, seen)
     if not len(items):
         return None
-    packed = to_device(np.concatenate([items.reshape(-1), merges.reshape(-1)]).astype(np.int32), device)
-    count, mask = items.size, None
+    mask = None
     if seen is not None:
         begin = np.zeros_like(seen.context) if seen.begin is None else seen.begin
         mask = to_device(np.stack([begin, seen.context, seen.base, seen.visible], 1), device)
-    return WorkList(packed[:count].view(-1, FIELDS), packed[count:].view(-1, 4), lines, mask)
+    arrived = torch.zeros(tiles if lines else 0, shape.kv_heads, dtype=torch.int32, device=device)
+    return WorkList(to_device(items.astype(np.int32), device), lines, arrived, mask)
