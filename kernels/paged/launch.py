@@ -168,7 +168,7 @@ def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
     config = TileConfig(block_m, block_n, max(split, block_n), 2, stages, _precision(shape, target))
     if shares(shape, config, target) == 1:
-        config = replace(config, warps=4 if shape.slot_bytes <= KIB and block_m < 32 else 8)
+        config = replace(config, warps=4 if shape.slot_bytes <= 256 * shape.itemsize and block_m < 32 else 8)
     return config
 
 
