@@ -50,7 +50,7 @@ def burst_length(work: Sequence[PlanRow], core: EngineCore) -> int:
 
     def fresh(steps: int) -> np.ndarray:
         """Pages that each row must take. (Its last one is its own: a slot of it is reserved.)"""
-        return np.maximum(-(-(computed + np.minimum(steps, left)) // memory.page_size) - held, 0)
+        return np.maximum(memory.pages_for(computed + np.minimum(steps, left)) - held, 0)
 
     while steps > 1 and fresh(steps).sum() > memory.available:
         steps //= 2

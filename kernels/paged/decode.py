@@ -183,7 +183,7 @@ def decode(
     shape = head_shape(heads, key_pages, value_pages)
     target = target_of(query.device)
     config = config if softcap is None else with_softcap(config)
-    splits = splits_of(seen, config.split, full_splits(shape, target))
+    splits = int(splits_of(seen, config.split, full_splits(shape, target)))
     parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
     chosen = dict(windowed=window is not None, sinks=sinks is not None)
     sinks = out if sinks is None else sinks  # stands for what is not read

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 KIB = 1024
@@ -182,10 +183,11 @@ def full_splits(shape: HeadShape, target: Target) -> int:
     return max(1, target.processors // shape.kv_heads)
 
 
-def splits_of(slots: int, split: int, full: int) -> int:
-    """How many splits of `decode` a row of `slots` has: one for `split` slots, give or take half of that; where `full`
-    are enough to occupy the card, they may have twice as many slots. (`decode_kernel` says the same.)"""
-    return max(1, min((slots + split // 2) // split, max(full, (slots + split) // (2 * split))))
+def splits_of(slots: int | np.ndarray, split: int | np.ndarray, full: int | np.ndarray) -> np.ndarray:
+    """How many splits a row of `slots` has: one for `split` slots, give or take half of that; where `full` are enough
+    to occupy the card, they may have twice as many slots. (`decode_kernel` says the same.)"""
+    most = np.maximum(full, (slots + split) // (2 * split))
+    return np.maximum(np.minimum((slots + split // 2) // split, most), 1)
 
 
 def shares(shape: HeadShape, config: TileConfig, target: Target) -> int:

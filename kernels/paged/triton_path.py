@@ -117,7 +117,7 @@ def paged_attention(
                 branches = _branches(rows, window)
                 return work_list(rows, chosen, config, shape, window, branches, device)
 
-            items = rows.derived(("work", window, shape.group, shape.kv_heads, config, few), work)
+            items = rows.derived(("work", window, shape, config, few), work)
             if items is not None:
                 extend(query, key_pages, value_pages, step.table, items, out, config, **options)
     return out

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_paged.kernels.card import target_of
-from hf_paged.kernels.launch import HeadShape, TileConfig, full_splits
+from hf_paged.kernels.launch import HeadShape, TileConfig, full_splits, splits_of
 from hf_paged.kernels.rows import ALL, PagedRows
 from hf_paged.kernels.seen import Seen
 
@@ -123,7 +123,7 @@ def build_work(
     """Items (see `WorkList`), lines and tiles of the chosen rows.
 
     A row of `t` tiles has a part for `t * config.split` slots, give or take half of that: few queries over many slots
-    are many programs as well, and parts stay few. Which, depends on the row alone, as in `splits_of`.
+    are many programs as well, and parts stay few. Which, depends on the row alone.
 
     Args:
         chosen: int64, places of rows. enough: parts with which a tile occupies the card by itself.
@@ -133,8 +133,7 @@ def build_work(
     start, clear, full, stop = _ranges(tiles, config.block_n, window, seen)
     size = config.split * tiles.of_row
     slots = stop - start
-    most = np.maximum(-(-enough // tiles.of_row), (slots + size) // (2 * size))
-    parts = np.maximum(np.minimum((slots + size // 2) // size, most), 1)
+    parts = splits_of(slots, size, -(-enough // tiles.of_row))
     lines = np.where(parts > 1, parts * tiles.count, 0)
     line = np.cumsum(lines) - lines
     at = np.repeat(np.arange(len(parts)), parts)
