@@ -195,7 +195,7 @@ class ModelEngine:
         """Captured steps are dropped unless the model is, but for its numbers, what they were captured with."""
         if self.stepper is not None:
             known = self.validity.known
-            self.stepper.forget((type(self.forward.run), known.structure, [place for place, _ in known.places]))
+            self.stepper.forget((type(self.forward.run), known.structure, [addresses for _, addresses in known.places]))
 
     def _identity(self) -> str:
         """Names the model's KV, in any process."""

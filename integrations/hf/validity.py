@@ -55,7 +55,7 @@ class Fingerprint:
     def placed_as_before(self) -> bool:
         """Whether all weights are where they were, and no counted write changed them."""
         tensors = [ref() for ref in self.tensors]
-        return not any(tensor is None for tensor in tensors) and _places(tensors) == self.places
+        return all(tensor is not None for tensor in tensors) and _places(tensors) == self.places
 
 
 class Validity:
@@ -118,14 +118,13 @@ def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [leaf for part in parts if isinstance(part, torch.Tensor) for leaf in _leaves(part)]
 
 
-def _places(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
-    """Version and address of each. Made between any two steps, so plain tensors take no detour."""
-    return [
-        (0 if t.is_inference() else t._version, t.data_ptr())
-        if type(t) in PLAIN_TENSORS
-        else (0 if t.is_inference() else t._version, *(leaf.data_ptr() for leaf in _leaves(t)))
-        for t in tensors
+def _places(tensors: list[torch.Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    """Version and addresses of each. Made between any two steps, so plain tensors take no detour."""
+    versions = [0 if t.is_inference() else t._version for t in tensors]
+    addresses = [
+        (t.data_ptr(),) if type(t) in PLAIN_TENSORS else tuple(leaf.data_ptr() for leaf in _leaves(t)) for t in tensors
     ]
+    return list(zip(versions, addresses, strict=True))
 
 
 def _numbers(tensors: list[torch.Tensor], count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
