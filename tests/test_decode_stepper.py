@@ -6,6 +6,7 @@ import interpreter  # noqa: F401  (before Triton is imported)
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_llama
 from engine_helpers import alone, assert_as_alone, assert_idle, run, submit_all, toy_core
 from tiny_models import make as make_model
 
@@ -75,6 +76,31 @@ def test_a_row_whose_logits_are_not_finite_fails_alone():
     run(core)
     assert "NaN" in str(requests[1].error)
     assert_as_alone([request for request in requests if request is not requests[1]])
+
+
+def test_captured_steps_outlive_new_numbers_but_no_weight_that_moves():
+    """A graph reads weights where they lay when it was captured."""
+
+    class Noting:
+        def forget(self, now=None):
+            seen.append(now)
+
+    seen, known, model = [], [], tiny_llama()
+    with Engine(model) as engine:
+        settings = SamplingParams(max_tokens=2, ignore_eos=True)
+        engine.generate([[1, 2, 3]], settings)
+        engine.stepper, weight = Noting(), model.lm_head.weight
+        with torch.no_grad():
+            for change in (
+                lambda: weight.mul_(1.5),
+                lambda: weight.mul_(2),
+                lambda: setattr(weight, "data", weight * 2),
+            ):
+                change()
+                engine.generate([[1, 2, 3]], settings)
+                known.append(seen[-1])
+    first, again, moved = known
+    assert first == again != moved
 
 
 def test_buckets_hold_what_they_are_for():
