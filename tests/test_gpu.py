@@ -132,6 +132,12 @@ CASES = [
     Case(rows=((90, 21), (5, 1)), page_size=2, window=7, group=1, kv_heads=3, dim=256, value_dim=256),
     Case(rows=((1600, TREE), (0, TREE[:4])), page_size=64, dim=128, value_dim=128, group=4),
     Case(rows=((60, TREE), (20, TREE[:4]), (9, 3), (40, None)), page_size=4, window=6, softcap=2.0, sinks=True),
+    # Many queries, as prefill.py takes them on Hopper: tiles in parts, odd groups, a page a slot, trees beside.
+    Case(rows=((5000, 40), (0, 257), (9, 20)), dim=128, group=4, value_dim=128),
+    Case(rows=((3100, 70), (0, 33)), dim=64, group=8, value_dim=64, kv_heads=1, sinks=True, window=2500),
+    Case(rows=((2300, 45), (1, 131)), dim=128, group=7, value_dim=128, page_size=1, softcap=2.0),
+    Case(rows=((1, 300), (290, 129)), dim=64, group=1, value_dim=64, page_size=256, sinks=True, softcap=3.0, window=1),
+    Case(rows=((700, TREE * 3), (700, 30), (40, None), (0, 0)), dim=128, group=4, value_dim=128, kv_heads=8),
 ]
 
 
@@ -144,6 +150,23 @@ def test_kernels_equal_the_reference(case, dtype):
         got = paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
     torch.testing.assert_close(got.cpu().float(), step.expected(), atol=NEAR[dtype], rtol=NEAR[dtype])
     assert choose_backend("auto", "cuda")[0] == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper card")
+def test_prefill_parts_its_warps_on_hopper(monkeypatch):
+    """And gives what it gave, whoever shares the step."""
+    from hf_paged.kernels import prefill
+
+    calls, run = [], prefill.prefill
+    monkeypatch.setattr(prefill, "prefill", lambda *args, **options: (calls.append(1), run(*args, **options)))
+    case = Case(rows=((4000, 60),), dim=128, group=4, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    alone, beside = make_step(case), make_step(replace(case, rows=((4000, 60), (50, TREE * 3), (9, 300))))
+    n = len(alone.query)
+    beside.query[:n] = alone.query
+    here, there = (torch.from_numpy(step.rows.page_table[0, : -(-4060 // 16)]).cuda() for step in (alone, beside))
+    beside.keys[there], beside.values[there] = alone.keys[here], alone.values[here]
+    got = [paged_attention(s.query, s.keys, s.values, s.rows, **s.options)[:n] for s in (alone, beside)]
+    assert torch.equal(*got) and len(calls) == 2
 
 
 @pytest.mark.slow

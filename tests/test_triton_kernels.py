@@ -225,6 +225,30 @@ def test_a_kernel_that_does_not_compile(monkeypatch):
     assert name == "torch" and "no such instruction" in why
 
 
+def test_prefill_that_does_not_compile(monkeypatch):
+    """`extend` takes its tiles, with one warning; the other kernels go on."""
+    from hf_paged.kernels import prefill, triton_path
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no warp groups")
+
+    monkeypatch.setattr(prefill, "prefill", broken)
+    monkeypatch.setattr(backends, "_no_prefill", [])
+    monkeypatch.setattr(backends, "_failure", [])
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    monkeypatch.setattr(triton_path, "_prefills", lambda *_: True)
+    monkeypatch.setattr(triton_path, "prefill_config", lambda *_: launch.TileConfig(32, 32, 1024, 4, 2))
+    monkeypatch.setattr(triton_path, "few_lines", lambda *_: 16)
+    step = make(Case(rows=((5, None), (4, 60), (0, 3), (9, (-1, 0, 0) * 9))))
+    with pytest.warns(RuntimeWarning, match="extend.py does instead.*no warp groups"):
+        got = paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
+    torch.testing.assert_close(got, step.expected(), atol=2e-5, rtol=2e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
+    assert torch.equal(got, again) and not backends._failure
+
+
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch, model):
     assert choose_backend("triton", "cpu")[0] == "triton" and choose_backend("auto", "cpu")[0] == "torch"
     backends._problem.cache_clear()

@@ -19,6 +19,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from hf_paged.kernels.advance import advance_kernel
 from hf_paged.kernels.decode import decode_constants, decode_kernel
@@ -32,10 +33,12 @@ from hf_paged.kernels.launch import (
     decode_config,
     extend_config,
     overlaps,
+    prefill_config,
     product_config,
     reads_fp8,
     with_softcap,
 )
+from hf_paged.kernels.prefill import prefill_constants, prefill_kernel
 from hf_paged.kernels.product import product_constants, product_kernel
 from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
 from hf_paged.kernels.rotate import rotate_constants, rotate_kernel, rotate_warps
@@ -59,6 +62,8 @@ ARGUMENTS = {
     "positions:*i64 listed:*i32 out:*i32",
     "advance": "out:*i32 ids:*i64 positions:*i64 slots:*i64 context:*i32 table:*i32 rows:i32 width:i32",
     "gate": "gate:*T up:*T out:*T size:i32",
+    "prefill": "query:*T key_pages:*T value_pages:*T table:*i32 items:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
+    "arrived:*i32 width:i32 window:i32 " + _TILES,
     "product": "x:*T first:*T second:*T third:*T first_bias:*T second_bias:*T third_bias:*T other:*T out:*T lines:i32 "
     "stride:i32/16",
     "rms_norm": "x:*T weight:*T out:*T stride:i32 eps:fp32",
@@ -73,6 +78,7 @@ KERNELS = {
     "draw": draw_kernel,
     "extend": extend_kernel,
     "gate": gate_kernel,
+    "prefill": prefill_kernel,
     "product": product_kernel,
     "rms_norm": rms_norm_kernel,
     "rotate": rotate_kernel,
@@ -134,6 +140,8 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=on and few, capped=on, **options)
             yield made("extend", constants, chosen.warps, chosen.stages)
+        if alone := prefill_config(shape, target):
+            yield made("prefill", prefill_constants(shape, alone, capped=on, **options), alone.warps)
     yield made("write", write_constants(shape))
     if shape.itemsize == 2 and reads_fp8(target):
         options = dict(windowed=False, capped=False, sinks=False)
@@ -179,7 +187,8 @@ def _source(variant: Variant, target: str) -> ASTSource:
         if kind.startswith("*") or kind.endswith("/16"):
             attributes[(place,)] = [["tt.divisibility", 16]]
         signature[name] = kind.removesuffix("/16").replace("T", variant.dtype).replace("P", variant.pages)
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constexprs=constants, attrs=attributes)
 
 
 def compile_for(variant: Variant, target: str) -> Compiled:

@@ -14,6 +14,7 @@ import torch
 DEVICES = ("cuda", "xpu")  # ROCm's cards are "cuda" to torch
 
 _failure: list[str] = []  # why the Triton kernels are not used any more
+_no_prefill: list[str] = []  # why `prefill.py` is not
 
 
 def choose_backend(wanted: str, device_type: str) -> tuple[str, str]:
@@ -58,6 +59,18 @@ def with_fallback(run: Callable[..., Any], instead: Callable[..., Any], *args: A
     Raises:
         torch.OutOfMemoryError, torch.AcceleratorError: what the card reports of itself is no matter of kernels.
     """
+    return _or_instead(_failure, "the Triton kernels do not run here, torch's ops do", run, instead, *args, **kwargs)
+
+
+def with_extend(run: Callable[..., Any], instead: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The same for prefill by `prefill.py`, whose place the kernel for all cards takes."""
+    if _no_prefill:
+        return instead(*args, **kwargs)
+    note = "prefill.py does not run here, extend.py does"
+    return _or_instead(_no_prefill, note, run, instead, *args, **kwargs)
+
+
+def _or_instead(failures: list[str], note: str, run: Callable[..., Any], instead: Callable[..., Any], *args, **kwargs):
     try:
         return run(*args, **kwargs)
     except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
@@ -65,12 +78,8 @@ def with_fallback(run: Callable[..., Any], instead: Callable[..., Any], *args: A
     except Exception as error:
         if _interpreting():  # a fault of the kernel's, which a fallback would hide from its tests
             raise
-        _failure.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500])
-        warnings.warn(
-            f"hf_paged: the Triton kernels do not run here, torch's ops do instead, slower ({_failure[0]})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        failures.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500])
+        warnings.warn(f"hf_paged: {note} instead, slower ({failures[0]})", RuntimeWarning, stacklevel=4)
         return instead(*args, **kwargs)
 
 

@@ -58,8 +58,8 @@ def extend_kernel(
     last merges all, in their order.
 
     `seen` is int64 `[tokens, 4]`: low, high, base and visible bits of each query (read with `TREE`). `parts` and
-    `stats` are float32 `[lines, heads, value_dim]` and `[lines, heads, 2]`; `arrived` int32 `[tiles, kv_heads]`: parts
-    that are done, 0 before and after.
+    `stats` are float32 `[lines, heads, value_dim]` and `[lines, heads, 2]`; `arrived` int32 `[tiles, kv_heads, 2]`:
+    first, parts that are done, 0 before and after.
     """
     await_others(OVERLAP)
     pid = tl.program_id(0)
@@ -127,7 +127,7 @@ def extend_kernel(
         tl.store(stats + to * 2, most, mask=real)
         tl.store(stats + to * 2 + 1, total, mask=real)
         tl.debug_barrier()  # all of the part is written before it is said to be there
-        flag = arrived + tile_index * KV_HEADS + head
+        flag = arrived + (tile_index * KV_HEADS + head) * 2
         last = tl.atomic_add(flag, 1, sem="acq_rel") == pieces - 1
         if last:
             tl.store(flag, 0)

@@ -220,6 +220,12 @@ def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:
     return TileConfig(block_m, block_n, 1024, warps, stages, _precision(shape, target))
 
 
+def prefill_config(shape: HeadShape, target: Target) -> TileConfig | None:
+    """Many queries a row on Hopper, by `prefill.py`; None for other cards and for shapes that it does not take."""
+    half = shape.itemsize == 2 and shape.key_dim == shape.value_dim and shape.key_dim in (64, 128)
+    return TileConfig(128, 128, 1024, 4, 2) if half and target.arch == "sm_90" else None
+
+
 def few_lines(shape: HeadShape, target: Target) -> int:
     """Lines (queries times query heads a KV head) up to which a row's queries are few."""
     return 64 if shape.itemsize <= 2 else 16

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from hf_paged.kernels.backends import with_extend
 from hf_paged.kernels.card import target_of
 from hf_paged.kernels.decode import decode
 from hf_paged.kernels.extend import extend
 from hf_paged.kernels.fp8 import FP8
-from hf_paged.kernels.launch import HeadShape, Target, TileConfig, few_lines, head_shape, reads_fp8, unsupported
+from hf_paged.kernels.launch import (
+    HeadShape,
+    Target,
+    TileConfig,
+    few_lines,
+    head_shape,
+    prefill_config,
+    reads_fp8,
+    unsupported,
+)
 from hf_paged.kernels.rows import ALL, PagedRows
 from hf_paged.kernels.seen import Seen, build_seen
-from hf_paged.kernels.tuned import tiles_of
+from hf_paged.kernels.tuned import KINDS, tiles_of
 from hf_paged.kernels.worklist import StepTensors, step_tensors, work_list
 from hf_paged.kernels.write_triton import write
 
@@ -109,25 +120,53 @@ def paged_attention(
         given = query[:n], key_pages, value_pages, step.table, step.context, out[:n], arrived
         decode(*given, config, longest=longest, **options)
     if n < tokens:
-        for few in (True, False):
-            config = tiles("few" if few else "many", shape, target)
+        alone = prefill_config(shape, target) if tiles is tiles_of and _prefills(query, key_pages) else None
+        for kind in KINDS[1:] if alone is None else (*KINDS[1:], "prefill"):
+            config = alone if kind == "prefill" else tiles(kind, shape, target)
 
-            def work(few=few, config=config):
-                chosen = _chosen(rows, few_lines(shape, target) // shape.group, few)
-                branches = _branches(rows, window)
+            def work(kind=kind, config=config):
+                chosen = _chosen(rows, kind, few_lines(shape, target) // shape.group, alone is not None)
+                branches = None if kind == "prefill" else _branches(rows, window)
                 return work_list(rows, chosen, config, shape, window, branches, device)
 
-            items = rows.derived(("work", window, shape, config, few), work)
+            items = rows.derived(("work", window, shape, config, kind, alone), work)
             if items is not None:
-                extend(query, key_pages, value_pages, step.table, items, out, config, **options)
+                run = _prefill if kind == "prefill" else extend
+                run(query, key_pages, value_pages, step.table, items, out, config, **options)
     return out
 
 
-def _chosen(rows: PagedRows, few_queries: int, few: bool) -> np.ndarray:
-    """Places of the rows behind the decodes that have few queries, or of the others."""
-    is_few = rows.query_lens <= max(few_queries, 1)
-    is_few[: rows.num_decodes] = not few
-    return np.flatnonzero(is_few == few)
+def _prefills(query: torch.Tensor, pages: torch.Tensor) -> bool:
+    """Whether `prefill.py` can run: Gluon has no interpreter."""
+    return query.is_cuda and query.dtype == pages.dtype
+
+
+def _prefill(*args, **options) -> None:
+    """`prefill`, or `extend` of the same tiles."""
+
+    def run(*args, **options):
+        from hf_paged.kernels.prefill import prefill
+
+        prefill(*args, **options)
+
+    def instead(*tensors, **options):
+        *tensors, config = tensors
+        extend(*tensors, replace(config, warps=8), **options)
+
+    with_extend(run, instead, *args, **options)
+
+
+def _chosen(rows: PagedRows, kind: str, few_queries: int, prefills: bool) -> np.ndarray:
+    """Places of the rows behind the decodes that a kernel takes: few queries, many, or, where `prefill.py` can be
+    used, many and no drafts that branch."""
+    few = rows.query_lens <= max(few_queries, 1)
+    plain = np.full(len(few), prefills)
+    if prefills and rows.tree is not None:
+        branching = np.repeat(np.arange(len(few)), rows.query_lens)[rows.tree.visible != ALL]
+        plain[branching] = False
+    mine = {"few": few, "many": ~few & ~plain, "prefill": ~few & plain}[kind]
+    mine[: rows.num_decodes] = False
+    return np.flatnonzero(mine)
 
 
 def _branches(rows: PagedRows, window: int | None) -> Seen | None:

@@ -54,7 +54,8 @@ class WorkList:
     Attributes:
         items: int32 `[n, 12]`, most work first.
         lines: lines of all parts.
-        arrived: int32 `[tiles, kv_heads]`, zeros: parts that are done, while a kernel runs.
+        arrived: int32 `[tiles, kv_heads, 2]`, zeros: parts that are done, while a kernel runs; of each half of a
+            tile where a kernel takes it in two.
         seen: int64 `[tokens, 4]`, low, high, base and visible bits of each query; None where no drafts branch.
     """
 
@@ -167,5 +168,5 @@ def work_list(
     if seen is not None:
         begin = np.zeros_like(seen.context) if seen.begin is None else seen.begin
         mask = to_device(np.stack([begin, seen.context, seen.base, seen.visible], 1), device)
-    arrived = torch.zeros(tiles if lines else 0, shape.kv_heads, dtype=torch.int32, device=device)
+    arrived = torch.zeros(tiles if lines else 0, shape.kv_heads, 2, dtype=torch.int32, device=device)
     return WorkList(to_device(items.astype(np.int32), device), lines, arrived, mask)
