@@ -146,7 +146,7 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     if shape.itemsize == 2 and reads_fp8(target):
         options = dict(windowed=False, capped=False, sinks=False)
         at = config.warps, config.stages, "fp8e4nv"
-        yield made("decode", decode_constants(shape, config, target, **options), *at)
+        yield made("decode", decode_constants(shape, config, target, narrow=True, **options), *at)
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=few, **options)
             yield made("extend", constants, chosen.warps, chosen.stages, at[-1])

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hf_paged.kernels.card import target_of
+from hf_paged.kernels.fp8 import FP8
 from hf_paged.kernels.launch import (
     HeadShape,
     Target,
@@ -73,9 +74,9 @@ def decode_kernel(
     """One split of one row and KV head (see `splits_of`); the program that ends last merges all parts, in their order.
 
     `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`; `arrived` int32
-    `[rows, kv_heads]`: splits that are done, 0 before and after.
+    `[rows, kv_heads]`: splits that are done, 0 before and after. `context` is read while the kernel ahead still runs,
+    which stores new keys and values at most.
     """
-    await_others(OVERLAP)
     pid = tl.program_id(0)
     head = pid % KV_HEADS
     row = (pid // KV_HEADS) % rows
@@ -102,6 +103,11 @@ def decode_kernel(
     keys = key_pages + head * (PAGE_SIZE * KEY_DIM)
     values = value_pages + head * (PAGE_SIZE * VALUE_DIM)
     own_table = table + row.to(tl.int64) * width
+    await_others(OVERLAP)
+    # Programs over fp8 are so small that those of the next kernel may wait beside them.
+    NARROW: tl.constexpr = key_pages.dtype.element_ty == tl.float8e4nv
+    if NARROW:
+        admit_next(OVERLAP)
     # fmt: off
     if SHARES > 1:
         at = own_query + heads[None, :] * stride_head + d[:, None]
@@ -124,7 +130,8 @@ def decode_kernel(
             PRECISION, STAGES,
         )
     # fmt: on
-    admit_next(OVERLAP)
+    if not NARROW:
+        admit_next(OVERLAP)
     kept = real[:, None] & (v < VALUE_DIM)[None, :]
     if count <= 1:
         sink = most
@@ -183,7 +190,8 @@ def decode(
     shape = head_shape(heads, key_pages, value_pages)
     target = target_of(query.device)
     config = config if softcap is None else with_softcap(config)
-    splits = int(splits_of(seen, config.split, full_splits(shape, target)))
+    narrow = key_pages.dtype == FP8
+    splits = int(splits_of(seen, config.split, full_splits(shape, target, narrow)))
     parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
     chosen = dict(windowed=window is not None, sinks=sinks is not None)
     sinks = out if sinks is None else sinks  # stands for what is not read
@@ -205,7 +213,7 @@ def decode(
         scale if softcap is not None else scale * LOG2E,
         softcap or 0.0,
         *query.stride()[:2],
-        **decode_constants(shape, config, target, capped=softcap is not None, **chosen),
+        **decode_constants(shape, config, target, capped=softcap is not None, narrow=narrow, **chosen),
         **overlap(query.device),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -213,16 +221,23 @@ def decode(
 
 
 def decode_constants(
-    shape: HeadShape, config: TileConfig, target: Target, *, windowed: bool, capped: bool, sinks: bool
+    shape: HeadShape,
+    config: TileConfig,
+    target: Target,
+    *,
+    windowed: bool,
+    capped: bool,
+    sinks: bool,
+    narrow: bool = False,
 ) -> dict:
-    """What `decode_kernel` is compiled for."""
+    """What `decode_kernel` is compiled for. `narrow`: for pages in fp8."""
     parts = shares(shape, config, target)
     return {
         **tile_constants(shape, config),
         **merge_constants(shape),
         "BLOCK_M": 8 if parts > 1 else config.block_m,
         "SPLIT": config.split,
-        "FULL": full_splits(shape, target),
+        "FULL": full_splits(shape, target, narrow),
         "SHARES": parts,
         "WINDOWED": windowed,
         "CAPPED": capped,

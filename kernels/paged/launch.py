@@ -178,9 +178,10 @@ def with_softcap(config: TileConfig) -> TileConfig:
     return replace(config, warps=max(4, config.warps))
 
 
-def full_splits(shape: HeadShape, target: Target) -> int:
-    """Splits of a row with which it occupies the card by itself."""
-    return max(1, target.processors // shape.kv_heads)
+def full_splits(shape: HeadShape, target: Target, narrow: bool = False) -> int:
+    """Splits of a row with which it occupies the card by itself. `narrow`: pages are in fp8, where one program a
+    processor cannot keep up with memory, and two can."""
+    return max(1, target.processors * (1 + narrow) // shape.kv_heads)
 
 
 def splits_of(slots: int | np.ndarray, split: int | np.ndarray, full: int | np.ndarray) -> np.ndarray:
