@@ -50,6 +50,8 @@ class EngineConfig:
             (CUDA, ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
         cuda_graphs: run steps in which all rows decode as CUDA graphs, several at a time, with tokens drawn on the
             device. `auto`: where the device and the model allow it; True: refused where they do not; False: never.
+        compile: run the model's own forward under `torch.compile`, one graph around the attention ops, where no leaner
+            forward takes its place (Llama, Mistral, Qwen2, Qwen3 have one). The first steps take a minute or so.
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
 
@@ -68,6 +70,7 @@ class EngineConfig:
     kv_dtype: str = "auto"
     backend: str = "auto"
     cuda_graphs: bool | str = "auto"
+    compile: bool = False
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ class EngineConfig:
         ok = self.disk_cache is None or isinstance(self.disk_cache, str | os.PathLike)
         require(ok, "disk_cache", self.disk_cache, "a path or None")
         require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer or None")
-        for name in ("prefix_caching", "track_optimum", "check"):
+        for name in ("prefix_caching", "track_optimum", "compile", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         value = self.cuda_graphs
         require(isinstance(value, bool) or value == "auto", "cuda_graphs", value, "True, False or 'auto'")

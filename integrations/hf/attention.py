@@ -11,15 +11,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
+from hf_paged.integrations.compiled import CompiledCall
+from hf_paged.integrations.fresh import FreshView, define, running
 from hf_paged.integrations.modules import configs_of, modules_of
-from hf_paged.kernels import paged_attention, write_kv
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
@@ -32,36 +32,22 @@ class CannotDrive(ValueError):
     """The engine cannot run this model's attention over pages; transformers' own loop can."""
 
 
-@dataclass(frozen=True, eq=False)
-class PagedView:
-    """What the model's attention gets in place of its keys and values: where they are."""
-
-    store: KVStore
-    plan: StepPlan
-    layer: int
-    fresh: tuple[torch.Tensor, torch.Tensor]
-    windows: dict[int, int | None]  # for notes: the window that each layer's attention asked for
-
-
 class StepCache(Cache):
-    """The cache object of one packed forward: stores KV in the plan's slots and hands on a `PagedView`."""
+    """The cache object of one packed forward: hands a step's keys and values on to attention, which stores them."""
 
-    def __init__(self, store: KVStore, plan: StepPlan, windows: dict[int, int | None]) -> None:
-        super().__init__(layers=[DynamicLayer() for _ in store.layers])
-        self.store, self.plan, self.windows = store, plan, windows
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[DynamicLayer() for _ in range(layers)])
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Keys and values `[1, kv_heads, tokens, dim]` go to their slots."""
-        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
-        write_kv(key, value, self.store.keys[layer_idx], self.store.values[layer_idx], self.plan.rows)
-        view = PagedView(self.store, self.plan, layer_idx, (key, value), self.windows)
+        """Keys and values `[1, kv_heads, tokens, dim]`, as views of a step's."""
+        view = FreshView(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layer_idx)
         return view, view
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        return self.plan.tokens, 0
+        return query_length, 0
 
     @property
     def is_compileable(self) -> bool:
@@ -74,22 +60,17 @@ def _over(implementation: str, original: Callable) -> Callable:
     full = implementation != "sdpa"
 
     def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-        if not isinstance(key, PagedView):
+        if not isinstance(key, FreshView):
             return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         for argument, value in kwargs.items():  # a bias, a choice of tokens, …
             if isinstance(value, torch.Tensor) and argument not in KNOWN_TENSORS:
                 raise CannotDrive(f"its attention takes {argument}")
-        window = key.windows[key.layer] = kwargs.get("sliding_window")
-        pages = key.store.keys[key.layer], key.store.values[key.layer]
-        out = paged_attention(
+        out = key.attend(
             query[0].transpose(0, 1),
-            *pages,
-            key.plan.rows,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=window,
+            window=kwargs.get("sliding_window"),
             softcap=kwargs.get("softcap") if full else None,
             sinks=kwargs.get("s_aux") if full else None,
-            fresh=key.fresh,
         )
         return out[None], None
 
@@ -179,37 +160,44 @@ class ModuleForward:
     Args:
         model: function that gives the model (so that an engine need not keep it alive).
         store: KV of the model.
+        compiled: calls the model; None: nobody but this.
 
     Attributes:
         windows: sliding window by layer, as the model's attention asked for it last (None: it sees everything).
     """
 
-    def __init__(self, model: Callable[[], nn.Module], store: KVStore) -> None:
-        self.model, self.store = model, store
+    def __init__(self, model: Callable[[], nn.Module], store: KVStore, compiled: CompiledCall | None = None) -> None:
+        self.model, self.store, self.compiled = model, store, compiled
         self.windows: dict[int, int | None] = {}
+        define()
 
     @torch.no_grad()
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
         model = self.model()
-        tokens = plan.token_ids[None]
+        tokens, wanted = plan.token_ids[None], plan.logits_at
+        if self.compiled is not None and len(wanted) < 2:  # none and one would be a graph each
+            wanted = wanted.repeat(2) if len(wanted) else tokens.new_zeros(2)
         with switch_lock(model):
-            switch = Switch(model)
+            switch, before = Switch(model), running.step
             try:
                 switch.on()
-                out = model(
+                running.step = self.store, plan, self.windows
+                inputs = dict(
                     input_ids=tokens,
                     position_ids=plan.positions[None],
                     # With four axes it is taken as made: modelling code makes none.
                     attention_mask=tokens.new_zeros(1, 1, 1, 1),
-                    past_key_values=StepCache(self.store, plan, self.windows),
+                    past_key_values=StepCache(len(self.store.layers)),
                     use_cache=True,
-                    logits_to_keep=plan.logits_at,
+                    logits_to_keep=wanted,
                     return_dict=True,
                 )
+                out = model(**inputs) if self.compiled is None else self.compiled(model, inputs)
             finally:
+                running.step = before
                 switch.off()
         logits = out.logits[0]
-        if logits.shape[0] != len(plan.logits_at):  # a model that takes only a count
-            logits = logits[plan.logits_at]
-        return logits.float()
+        if logits.shape[0] != len(wanted):  # a model that takes only a count
+            logits = logits[wanted]
+        return logits[: len(plan.logits_at)].float()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_paged.integrations.attention import CannotDrive, Evaluation, ModuleForward, switch_lock
+from hf_paged.integrations.compiled import CompiledCall
 from hf_paged.integrations.lean import LeanForward
 from hf_paged.memory import Memory
 from hf_paged.plan import PlanRow, build_plan
@@ -107,15 +108,18 @@ class PagedForward:
     `refresh` looks at the model again: adapters, hooks or patched modules may have come or gone.
     """
 
-    def __init__(self, model: Callable[[], nn.Module], store: KVStore, backend: str = "auto") -> None:
+    def __init__(
+        self, model: Callable[[], nn.Module], store: KVStore, backend: str = "auto", compiled: bool = False
+    ) -> None:
         self.model, self.store, self.backend = model, store, backend
+        self.compiled = CompiledCall() if compiled else None
         self.refresh()
 
     def refresh(self) -> None:
         lean, before = LeanForward.build(self.model(), self.store, self.backend), getattr(self, "run", None)
         if lean is not None and isinstance(before, LeanForward):
             lean.keep(before)
-        self.run = lean if lean is not None else ModuleForward(self.model, self.store)
+        self.run = lean if lean is not None else ModuleForward(self.model, self.store, self.compiled)
 
     def __call__(self, plan) -> torch.Tensor:
         return self.run(plan)
