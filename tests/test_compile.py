@@ -37,7 +37,7 @@ def compiler(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "stem", [*STEMS, *(pytest.param(s, marks=pytest.mark.slow) for s in ENGINE if s not in (*STEMS, *LEAN))]
+    "stem", [*STEMS, *(pytest.param(s, marks=pytest.mark.long) for s in ENGINE if s not in (*STEMS, *LEAN))]
 )
 def test_tokens_are_those_without_it(stem, compiler):
     model = make(stem, ENGINE[stem])
