@@ -1,4 +1,4 @@
-"""The model's own forward under `torch.compile`: one graph, attention over pages an op in it.
+"""The blocks of a model's own forward under `torch.compile`: those that are alike share a graph, attention an op in it.
 
 What modelling code leaves as many small kernels (norms, rotation, gates, residuals) is fused: Ansel et al., "PyTorch
 2", ASPLOS 2024. Captured decode steps hold what it made.
@@ -8,38 +8,91 @@ from __future__ import annotations
 
 import types
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
+
+MOST_GRAPHS = 64  # of blocks that differ, of one token alone and of more; behind them blocks run as they are
 
 
-def _call(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
-    return model(**inputs)
+def _forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return type(module).forward(module, *args, **kwargs)
+
+
+def blocks_of(model: nn.Module, layers: int) -> list[nn.Module]:
+    """The modules, one a layer, that most of a forward goes through; none where they are not to be found, or where
+    someone has put forwards of his own in place of theirs."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return [] if any("forward" in vars(block) for block in module) else list(module)
+    return []
+
+
+class Replaced:
+    """Blocks whose forwards are compiled: `on`, and always `off` afterwards."""
+
+    def __init__(self, blocks: Sequence[nn.Module], run: Any) -> None:
+        self.blocks, self._run = blocks, run
+
+    def on(self) -> None:
+        for block in self.blocks:
+            block.forward = lambda *args, _block=block, **kwargs: self._run(_block, args, kwargs)
+
+    def off(self) -> None:
+        """All as it was, even if an interrupt comes in the middle of this."""
+        try:
+            self._restore()
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        for block in self.blocks:
+            vars(block).pop("forward", None)
 
 
 class CompiledCall:
-    """Calls a model, compiled; with a warning, and for good, as it is where the compiler fails.
+    """Calls a model whose blocks are compiled (all of it, where it has no blocks); with a warning, and for good, as it
+    is where the compiler fails.
+
+    Args:
+        layers: how many have KV.
 
     Attributes:
         failure: why it is not compiled any more, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
         self.failure: str | None = None
         # What was compiled is kept by code object: this one's is its own.
-        own = types.FunctionType(_call.__code__.replace(), _call.__globals__, "_call")
+        own = types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "_forward")
         self._run = torch.compile(own, dynamic=True)
 
-    def __call__(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if self.failure is not None:
-            return _call(model, inputs)
+            return model(**inputs)
         try:
-            return self._run(model, inputs)
+            return self._compiled(model, inputs)
         except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
             raise
         except Exception as error:
-            out = _call(model, inputs)  # if the model itself is at fault, its error is the one to tell
+            out = model(**inputs)  # if the model itself is at fault, its error is the one to tell
             self.failure = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]
             note = f"hf_paged: torch.compile does not take this model, it runs as it is ({self.failure})"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             return out
+
+    def _compiled(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        blocks = blocks_of(model, self.layers)
+        if not blocks:
+            return self._run(model, (), inputs)
+        replaced = Replaced(blocks, self._run)
+        try:
+            replaced.on()
+            # Numbers that tell blocks apart (`layer_idx`) are inputs of their graph.
+            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=MOST_GRAPHS):
+                return model(**inputs)
+        finally:
+            replaced.off()

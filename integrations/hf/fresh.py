@@ -26,7 +26,7 @@ class Running(threading.local):
 running = Running()
 
 SCHEMA = (
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scale, int? window, "
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? sinks, SymInt layer, float scale, int? window, "
     "float? softcap) -> Tensor"
 )
 

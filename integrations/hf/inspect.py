@@ -112,7 +112,7 @@ class PagedForward:
         self, model: Callable[[], nn.Module], store: KVStore, backend: str = "auto", compiled: bool = False
     ) -> None:
         self.model, self.store, self.backend = model, store, backend
-        self.compiled = CompiledCall() if compiled else None
+        self.compiled = CompiledCall(len(store.layers)) if compiled else None
         self.refresh()
 
     def refresh(self) -> None:
