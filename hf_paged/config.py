@@ -50,8 +50,8 @@ class EngineConfig:
             (CUDA, ROCm, XPU), else torch's; `triton` on a CPU needs TRITON_INTERPRET=1 (slow; meant for tests).
         cuda_graphs: run steps in which all rows decode as CUDA graphs, several at a time, with tokens drawn on the
             device. `auto`: where the device and the model allow it; True: refused where they do not; False: never.
-        compile: run the blocks of the model's own forward under `torch.compile`, where no leaner forward takes its place
-            (Llama, Mistral, Qwen2, Qwen3 have one). The first steps take up to a minute.
+        compile: run the blocks of the model's own forward under `torch.compile`, where no leaner forward takes its
+            place (Llama, Mistral, Qwen2, Qwen3 have one). The first steps take up to a minute.
         check: run `Memory.check()` after every step (slow; meant for tests).
     """
 

@@ -287,8 +287,11 @@ def test_gpu_benchmark_in_small(monkeypatch):
     load = gpu.Load("tiny", 3, 5, 4, ("hf",))
     monkeypatch.setattr(gpu, "STEPS", 3)
     monkeypatch.setattr(gpu, "STEP", (2, 6))
-    report = gpu.run_gpu([load], "cpu", torch.float32, scale=small)
-    (model,) = report["models"]
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, backend="eager", **options))
+    report = gpu.run_gpu([load, gpu.Load("tiny-gemma", 2, 5, 4)], "cpu", torch.float32, scale=small)
+    model, own = report["models"]
+    assert "compiled" not in model and own["compiled"]["step"]["seconds"] > 0 and own["compiled"]["compile_seconds"] > 0
     assert model["greedy"]["tokens_per_second"] > 0 and model["peers"]["hf"]["seconds"] > 0
     assert model["step"]["over_roofline"] > 0 and not model["graphs"]
     show_gpu(report)

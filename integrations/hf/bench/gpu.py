@@ -15,15 +15,19 @@ from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.peers import HfContinuous, HfGenerate
 from hf_paged.integrations.bench.throughput import Progress
 from hf_paged.integrations.bench.workload import Workload
+from hf_paged.integrations.lean import LeanForward
 
-# Hidden size, MLP size, layers, heads, KV heads, vocabulary, tied embeddings; heads have 128 elements.
+# Hidden size, MLP size, layers, heads, KV heads, vocabulary, tied embeddings; heads have 128 elements but for `DIMS`.
 SHAPES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
     "qwen3-0.6b": ("Qwen3", 1024, 3072, 28, 16, 8, 151936, True),
     "qwen3-8b": ("Qwen3", 4096, 12288, 36, 32, 8, 151936, False),
     "llama-3.1-8b": ("Llama", 4096, 14336, 32, 32, 8, 128256, False),
+    "gemma-2-2b": ("Gemma2", 2304, 9216, 26, 8, 4, 256000, True),
+    "phi-3-mini": ("Phi3", 3072, 8192, 32, 32, 32, 32064, False),
     "tiny": ("Qwen3", 64, 128, 2, 4, 2, 512, True),
+    "tiny-gemma": ("Gemma2", 64, 128, 2, 4, 2, 512, True),
 }
-DIMS = {"tiny": 32}
+DIMS = {"gemma-2-2b": 256, "phi-3-mini": 96, "tiny": 32, "tiny-gemma": 32}
 STEP = (32, 1024)  # rows and context of the step that is held against the roofline
 STEPS = 96  # of it
 
@@ -51,6 +55,8 @@ LOADS = (
     Load("qwen3-0.6b", 64, 256, 128, ("hf", "hf-cb")),
     Load("qwen3-8b", 256, 1024, 1024),
     Load("llama-3.1-8b", 32, 1024, 128),
+    Load("gemma-2-2b", 32, 1024, 128),
+    Load("phi-3-mini", 32, 1024, 128),
 )
 
 
@@ -172,23 +178,44 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def measure(load: Load, copy: float, device: str, dtype: torch.dtype, progress: Progress) -> dict[str, Any]:
-    """One model: its step, the engine's throughput greedy and sampled, the peers'."""
+def measure_here(
+    model: Any, load: Load, vocab: int, copy: float, progress: Progress, compiled: bool = False
+) -> dict[str, Any]:
+    """Its step, and the engine's throughput greedy and sampled; whether a leaner forward takes its own's place.
+
+    `compiled`: with its blocks compiled, in `compile_seconds` or less.
+    """
     from hf_paged import Engine
 
+    how, out = " compiled" if compiled else "", {}
+    count = max(load.requests, STEP[0])
+    with Engine(model, memory_fraction=0.85, max_sequences=count, compile=compiled) as engine:
+        if compiled:
+            begun = time.perf_counter()
+            measure_step(engine, vocab, copy)
+            out["compile_seconds"] = time.perf_counter() - begun
+        progress.note(f"{load.shape}: a step{how}")
+        out["step"] = measure_step(engine, vocab, copy)
+        for name, greedy in (("greedy", True), ("sampled", False)):
+            progress.note(f"{load.shape}: {name}{how}")
+            out[name] = measure_engine(engine, load.workload(vocab), greedy)
+        out["graphs"] = engine.stepper is not None and engine.stepper.failure is None
+        out["lean"] = isinstance(engine.forward.run, LeanForward)
+    return out
+
+
+def measure(load: Load, copy: float, device: str, dtype: torch.dtype, progress: Progress) -> dict[str, Any]:
+    """One model: `measure_here`, compiled as well where its own forward runs, and the peers."""
     vocab = SHAPES[load.shape][6]
     progress.note(f"{load.shape}: weights")
     model = make_model(load.shape, device, dtype)
     out: dict[str, Any] = {"shape": load.shape, "requests": load.requests, "in": load.prompt, "out": load.output}
     try:
-        with Engine(model, memory_fraction=0.85, max_sequences=max(load.requests, STEP[0])) as engine:
-            progress.note(f"{load.shape}: a step")
-            out["step"] = measure_step(engine, vocab, copy)
-            for name, greedy in (("greedy", True), ("sampled", False)):
-                progress.note(f"{load.shape}: {name}")
-                out[name] = measure_engine(engine, load.workload(vocab), greedy)
-            out["graphs"] = engine.stepper is not None and engine.stepper.failure is None
+        out |= measure_here(model, load, vocab, copy, progress)
         _free()
+        if not out["lean"]:
+            out["compiled"] = measure_here(model, load, vocab, copy, progress, compiled=True)
+            _free()
         progress.note(f"{load.shape}: peers")
         out["peers"] = measure_peers(model, load, vocab)
     finally:

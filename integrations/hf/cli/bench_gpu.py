@@ -15,7 +15,9 @@ from hf_paged.integrations.cli.tables import percent, table
 
 @command
 def gpu(
-    shapes: Annotated[str | None, typer.Option(help="Of qwen3-0.6b, qwen3-8b and llama-3.1-8b, with commas.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Of those that run by default, with commas.")
+    ] = None,
     requests: Annotated[int | None, typer.Option("--requests", "-n", min=1, help="Requests, of every shape.")] = None,
     prompt: Annotated[int | None, typer.Option(min=2, help="Tokens in, a request.")] = None,
     output: Annotated[int | None, typer.Option(min=2, help="Tokens out, a request.")] = None,
@@ -25,8 +27,9 @@ def gpu(
     """The engine over models of known shapes with random weights, on a GPU.
 
     Of each: a decode step of 32 rows over 1k slots, as a multiple of the time that a copy of its weights and KV takes;
-    how long the GPU waits for the host; tokens a second of a batch of requests, greedy and sampled; and transformers'
-    `generate` (batches of 32) and continuous batching over the first 64 of them.
+    how long the GPU waits for the host; tokens a second of a batch of requests, greedy and sampled; the same compiled,
+    where the model's own forward runs; and transformers' `generate` (batches of 32) and continuous batching over the
+    first 64 of them.
     """
     import torch
 
@@ -59,11 +62,12 @@ def show_gpu(report: dict[str, Any]) -> None:
     """The report as tables."""
     found = report["ceilings"]
     rows = []
-    for model in report["models"]:
-        step = model["step"]
+    steps = [(model["shape"], model["step"]) for model in report["models"]]
+    steps += [(f"{m['shape']}, compiled", m["compiled"]["step"]) for m in report["models"] if "compiled" in m]
+    for name, step in steps:
         gap = percent(step["host_gap"]) if "host_gap" in step else "-"
         what = f"{step['rows']} × {step['context']}"
-        rows.append([model["shape"], what, f"{step['seconds'] * 1e3:.2f}", f"{step['over_roofline']:.2f}×", gap])
+        rows.append([name, what, f"{step['seconds'] * 1e3:.2f}", f"{step['over_roofline']:.2f}×", gap])
     title = f"A decode step; a copy makes {found['copy_bytes_per_second'] / 1e9:.0f} GB/s"
     table(title, ["model", "rows × slots", "ms", "of a copy's time", "host gaps"], rows)
     rows = []
@@ -71,6 +75,8 @@ def show_gpu(report: dict[str, Any]) -> None:
         load = f"{model['requests']} × {model['in']} in, {model['out']} out"
         ours = model["greedy"]["tokens_per_second"]
         kinds = {"greedy": model["greedy"], "sampled": model["sampled"], **model["peers"]}
+        if "compiled" in model:
+            kinds |= {f"{name}, compiled": model["compiled"][name] for name in ("greedy", "sampled")}
         for name, made in kinds.items():
             if "skipped" in made:
                 rows.append([model["shape"], load, name, made["skipped"][:40], "", ""])
