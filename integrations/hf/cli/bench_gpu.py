@@ -15,9 +15,7 @@ from hf_paged.integrations.cli.tables import percent, table
 
 @command
 def gpu(
-    shapes: Annotated[
-        str | None, typer.Option(help="Of those that run by default, with commas.")
-    ] = None,
+    shapes: Annotated[str | None, typer.Option(help="Of those that run by default, with commas.")] = None,
     requests: Annotated[int | None, typer.Option("--requests", "-n", min=1, help="Requests, of every shape.")] = None,
     prompt: Annotated[int | None, typer.Option(min=2, help="Tokens in, a request.")] = None,
     output: Annotated[int | None, typer.Option(min=2, help="Tokens out, a request.")] = None,
