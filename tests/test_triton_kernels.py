@@ -401,20 +401,21 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_common_configurations_compile(target):
-    check_compiled(compile_elsewhere(target, "--some"))
+    check_compiled(target, compile_elsewhere(target, "--some"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_configurations_compile(target):
-    check_compiled(compile_elsewhere(target))
+    check_compiled(target, compile_elsewhere(target))
 
 
-def check_compiled(made: list[dict]) -> None:
-    """All kernels are there, fit, and decode does not spill."""
+def check_compiled(target: str, made: list[dict]) -> None:
+    """All of the card's kernels are there, fit, and decode does not spill."""
     from hf_paged.kernels.aot import KERNELS
 
-    assert {one["variant"]["kernel"] for one in made} == set(KERNELS)
+    absent = set() if target == "sm_90" else {"prefill"}  # Hopper's alone
+    assert {one["variant"]["kernel"] for one in made} == set(KERNELS) - absent
     assert not [one for one in made if one["bad"]]
     assert all(one["registers"] for one in made)
 
