@@ -137,20 +137,23 @@ class Evaluation:
 
 
 class Switch(Evaluation):
-    """The same, with the model's attention turned to pages."""
+    """The same, with the model's attention turned to the pages of a step (see `Running`)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, step: tuple[KVStore, StepPlan, dict[int, int | None]]) -> None:
         super().__init__(model)
+        self.step, self.outer = step, running.step
         self.before = [(config, config._attn_implementation_internal) for config in configs_of(self.modules)]
 
     def on(self) -> None:
         for config, implementation in self.before:
             config._attn_implementation_internal = _register((implementation or "eager").removeprefix(PREFIX))
+        running.step = self.step
         super().on()
 
     def _restore(self) -> None:
         for config, implementation in self.before:
             config._attn_implementation_internal = implementation
+        running.step = self.outer
         super()._restore()
 
 
@@ -179,10 +182,9 @@ class ModuleForward:
         if self.compiled is not None and len(wanted) < 2:  # none and one would be a graph each
             wanted = wanted.repeat(2) if len(wanted) else tokens.new_zeros(2)
         with switch_lock(model):
-            switch, before = Switch(model), running.step
+            switch = Switch(model, (self.store, plan, self.windows))
             try:
                 switch.on()
-                running.step = self.store, plan, self.windows
                 inputs = dict(
                     input_ids=tokens,
                     position_ids=plan.positions[None],
@@ -195,7 +197,6 @@ class ModuleForward:
                 )
                 out = model(**inputs) if self.compiled is None else self.compiled(model, inputs)
             finally:
-                running.step = before
                 switch.off()
         logits = out.logits[0]
         if logits.shape[0] != len(wanted):  # a model that takes only a count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,24 +21,35 @@ def _forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+class BlockForward:
+    """Stands in a block for its forward, while it is run compiled."""
+
+    def __init__(self, block: nn.Module, run: Callable[..., Any]) -> None:
+        self._block, self._run = block, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._block, args, kwargs)
+
+
 def blocks_of(model: nn.Module, layers: int) -> list[nn.Module]:
     """The modules, one a layer, that most of a forward goes through; none where they are not to be found, or where
     someone has put forwards of his own in place of theirs."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return [] if any("forward" in vars(block) for block in module) else list(module)
+            replaced = [vars(block)["forward"] for block in module if "forward" in vars(block)]
+            return list(module) if all(isinstance(forward, BlockForward) for forward in replaced) else []
     return []
 
 
 class Replaced:
     """Blocks whose forwards are compiled: `on`, and always `off` afterwards."""
 
-    def __init__(self, blocks: Sequence[nn.Module], run: Any) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], run: Callable[..., Any]) -> None:
         self.blocks, self._run = blocks, run
 
     def on(self) -> None:
         for block in self.blocks:
-            block.forward = lambda *args, _block=block, **kwargs: self._run(_block, args, kwargs)
+            block.forward = BlockForward(block, self._run)
 
     def off(self) -> None:
         """All as it was, even if an interrupt comes in the middle of this."""
