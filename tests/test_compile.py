@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -147,6 +148,7 @@ def test_a_bad_value_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("stem", STEMS)
 def test_inductor(stem):
     torch._dynamo.reset()
