@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_paged.integrations.compiled import CompiledCall
 from hf_paged.integrations.fresh import FreshView, define, running
-from hf_paged.integrations.modules import configs_of, modules_of
+from hf_paged.integrations.modules import Momentary, configs_of, modules_of
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
@@ -104,11 +104,8 @@ def switch_lock(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-class Evaluation:
-    """The model's modules in evaluation mode: `on`, and always `off` afterwards, or as a context.
-
-    Not a context manager made of a generator: an interrupt between its parts would leave the model switched.
-    """
+class Evaluation(Momentary):
+    """The model's modules in evaluation mode, also as a context."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = modules_of(model)
@@ -117,13 +114,6 @@ class Evaluation:
     def on(self) -> None:
         for module in self.training:
             module.training = False
-
-    def off(self) -> None:
-        """All as it was, even if an interrupt comes in the middle of this."""
-        try:
-            self._restore()
-        finally:
-            self._restore()
 
     def _restore(self) -> None:
         for module in self.training:

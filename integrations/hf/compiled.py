@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_paged.integrations.modules import Momentary
+from hf_paged.kernels.backends import CARD_ERRORS, told
+
 MOST_GRAPHS = 64  # of blocks that differ, of one token alone and of more; behind them blocks run as they are
 
 
@@ -41,8 +44,8 @@ def blocks_of(model: nn.Module, layers: int) -> list[nn.Module]:
     return []
 
 
-class Replaced:
-    """Blocks whose forwards are compiled: `on`, and always `off` afterwards."""
+class Replaced(Momentary):
+    """Blocks whose forwards are compiled."""
 
     def __init__(self, blocks: Sequence[nn.Module], run: Callable[..., Any]) -> None:
         self.blocks, self._run = blocks, run
@@ -50,13 +53,6 @@ class Replaced:
     def on(self) -> None:
         for block in self.blocks:
             block.forward = BlockForward(block, self._run)
-
-    def off(self) -> None:
-        """All as it was, even if an interrupt comes in the middle of this."""
-        try:
-            self._restore()
-        finally:
-            self._restore()
 
     def _restore(self) -> None:
         for block in self.blocks:
@@ -86,11 +82,11 @@ class CompiledCall:
             return model(**inputs)
         try:
             return self._compiled(model, inputs)
-        except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+        except CARD_ERRORS:
             raise
         except Exception as error:
             out = model(**inputs)  # if the model itself is at fault, its error is the one to tell
-            self.failure = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]
+            self.failure = told(error)
             note = f"hf_paged: torch.compile does not take this model, it runs as it is ({self.failure})"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             return out

@@ -19,6 +19,7 @@ from hf_paged.config import CoreSettings, EngineConfig, require
 from hf_paged.integrations.decode_inputs import Layout, batch_bucket, clear, fill, static_plan, width_bucket
 from hf_paged.integrations.inspect import PagedForward
 from hf_paged.kernels import runs_triton
+from hf_paged.kernels.backends import told
 from hf_paged.plan import PlanRow, StepPlan
 from hf_paged.store import KVStore
 
@@ -191,7 +192,7 @@ class DecodeStepper:
         except Exception as error:
             if isinstance(self.runner, Direct):
                 raise
-            self._fail(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500])
+            self._fail(told(error))
         return self.failure is None
 
     def _fail(self, why: str) -> None:

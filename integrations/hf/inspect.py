@@ -112,13 +112,15 @@ class PagedForward:
         self, model: Callable[[], nn.Module], store: KVStore, backend: str = "auto", compiled: bool = False
     ) -> None:
         self.model, self.store, self.backend = model, store, backend
-        self.compiled = CompiledCall(len(store.layers)) if compiled else None
+        self._compile, self.compiled = compiled, None
         self.refresh()
 
     def refresh(self) -> None:
         lean, before = LeanForward.build(self.model(), self.store, self.backend), getattr(self, "run", None)
         if lean is not None and isinstance(before, LeanForward):
             lean.keep(before)
+        if lean is None and self._compile and self.compiled is None:
+            self.compiled = CompiledCall(len(self.store.layers))
         self.run = lean if lean is not None else ModuleForward(self.model, self.store, self.compiled)
 
     def __call__(self, plan) -> torch.Tensor:

@@ -10,6 +10,26 @@ import torch
 from torch import nn
 
 
+class Momentary:
+    """What is changed in a model for a moment: `on`, and always `off` afterwards.
+
+    Not a context manager made of a generator: an interrupt between its parts would leave the model changed.
+    """
+
+    def on(self) -> None:
+        raise NotImplementedError
+
+    def off(self) -> None:
+        """All as it was, even if an interrupt comes in the middle of this."""
+        try:
+            self._restore()
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        raise NotImplementedError
+
+
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """`model.modules()`, in the same order."""
     found: dict[int, nn.Module] = {}

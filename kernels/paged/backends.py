@@ -13,6 +13,9 @@ import torch
 
 DEVICES = ("cuda", "xpu")  # ROCm's cards are "cuda" to torch
 
+# What a card reports of itself: no matter of what was to run on it.
+CARD_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
 _failure: list[str] = []  # why the Triton kernels are not used any more
 _no_prefill: list[str] = []  # why `prefill.py` is not
 
@@ -53,6 +56,11 @@ def runs_triton(device_type: str, backend: str) -> bool:
     return _problem(device_type) is None
 
 
+def told(error: Exception) -> str:
+    """What went wrong, for a warning."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]
+
+
 def with_fallback(run: Callable[..., Any], instead: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the Triton op `run` gives; where its kernel does not compile or start, one warning and `instead`, for good.
 
@@ -73,12 +81,12 @@ def with_extend(run: Callable[..., Any], instead: Callable[..., Any], *args: Any
 def _or_instead(failures: list[str], note: str, run: Callable[..., Any], instead: Callable[..., Any], *args, **kwargs):
     try:
         return run(*args, **kwargs)
-    except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+    except CARD_ERRORS:
         raise
     except Exception as error:
         if _interpreting():  # a fault of the kernel's, which a fallback would hide from its tests
             raise
-        failures.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500])
+        failures.append(told(error))
         warnings.warn(f"hf_paged: {note} instead, slower ({failures[0]})", RuntimeWarning, stacklevel=4)
         return instead(*args, **kwargs)
 

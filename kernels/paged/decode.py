@@ -210,8 +210,7 @@ def decode(
         table.shape[1],
         splits,
         window or 0,
-        scale if softcap is not None else scale * LOG2E,
-        softcap or 0.0,
+        *scaling(scale, softcap),
         *query.stride()[:2],
         **decode_constants(shape, config, target, capped=softcap is not None, narrow=narrow, **chosen),
         **overlap(query.device),
@@ -243,6 +242,11 @@ def decode_constants(
         "CAPPED": capped,
         "SINKS": sinks,
     }
+
+
+def scaling(scale: float, softcap: float | None) -> tuple[float, float]:
+    """`scale` and `cap` as the attention kernels take them: with log2(e) in the scale, unless scores are capped."""
+    return (scale * LOG2E, 0.0) if softcap is None else (scale, softcap)
 
 
 def part_buffers(lines: int, heads: int, value_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

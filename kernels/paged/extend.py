@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.decode import LOG2E, part_buffers
+from hf_paged.kernels.decode import part_buffers, scaling
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
 from hf_paged.kernels.tiles import attend, normalised
@@ -198,8 +198,7 @@ def extend(
         work.arrived,
         table.shape[1],
         window or 0,
-        scale if softcap is not None else scale * LOG2E,
-        softcap or 0.0,
+        *scaling(scale, softcap),
         *query.stride()[:2],
         **extend_constants(shape, config, tree=work.seen is not None, capped=softcap is not None, **chosen),
         **overlap(query.device),

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_paged.kernels.decode import LOG2E, part_buffers
+from hf_paged.kernels.decode import part_buffers, scaling
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape
 from hf_paged.kernels.prefill_steps import (
     FETCHERS,
@@ -180,8 +180,7 @@ def prefill(
         *kept,
         table.shape[1],
         window or 0,
-        scale if softcap is not None else scale * LOG2E,
-        softcap or 0.0,
+        *scaling(scale, softcap),
         *query.stride()[:2],
         **prefill_constants(
             shape, config, windowed=window is not None, capped=softcap is not None, sinks=sinks is not None

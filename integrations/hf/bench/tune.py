@@ -12,6 +12,7 @@ import torch
 from hf_paged.integrations.bench.kernels import Scale, Scene, errors, make_scene, seconds_of
 from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.throughput import Progress
+from hf_paged.kernels.backends import CARD_ERRORS
 from hf_paged.kernels.card import target_of
 from hf_paged.kernels.launch import HeadShape, Target, TileConfig
 from hf_paged.kernels.triton_path import paged_attention
@@ -79,7 +80,7 @@ def attempt(config: TileConfig, scenes: Iterable[Scene], scale: Scale, clock: Cl
             if not error <= LARGEST_ERROR[scale.dtype]:
                 return Trial(config, error=f"relative error {error:.1e}")
             logs.append(math.log(clock(tuned, scale)))
-    except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+    except CARD_ERRORS:
         raise
     except Exception as error:  # it does not compile, or takes more than the card has
         return Trial(config, error=f"{type(error).__name__}: {str(error).strip()[:200]}")
