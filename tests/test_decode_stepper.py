@@ -1,6 +1,7 @@
 """Bursts of decode steps: the tokens of the loop, whatever ends in between; their buffers and buckets."""
 
 import os
+from dataclasses import replace
 
 import interpreter  # noqa: F401  (before Triton is imported)
 import numpy as np
@@ -11,6 +12,7 @@ from engine_helpers import alone, assert_as_alone, assert_idle, run, submit_all,
 from tiny_models import make as make_model
 
 from hf_paged import Engine, EngineConfig, SamplingParams
+from hf_paged.integrations import decode_inputs
 from hf_paged.integrations.decode_inputs import Layout, batch_bucket, clear, width_bucket
 from hf_paged.plan import PlanRow, build_plan
 from hf_paged.sampling import sample
@@ -133,25 +135,51 @@ def test_graphs_are_refused_where_there_are_none():
         EngineConfig(cuda_graphs="yes")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
-def test_static_steps_give_the_tokens_of_the_loop(monkeypatch):
-    """The very step that is captured on a GPU, called, in Triton's interpreter: rows that end, padding, a new page."""
+needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+
+def tokens_of_static_steps(prompts, params, **settings):
+    """Tokens of the loop, and of the step that is captured on a GPU, in Triton's interpreter; the stepper."""
     from hf_paged.integrations.cuda_step import DecodeStepper, Direct
+
+    got = []
+    for static in (False, True):
+        with Engine(make_model("Llama", {}), page_size=4, backend="triton", check=True, **settings) as engine:
+            if static:
+                stepper = DecodeStepper(engine.forward, engine.store, 8, 128, "triton", Direct(), most=4)
+                engine.core.stepper = stepper
+            got.append([r.outputs[0].token_ids for r in engine.generate(prompts, params, raise_errors=True)])
+    return *got, stepper
+
+
+@needs_interpreter
+def test_static_steps_give_the_tokens_of_the_loop(monkeypatch):
+    """Rows that end, padding, a new page."""
     from hf_paged.kernels import draw
 
     monkeypatch.setattr(draw, "BLOCK", 32)  # the interpreter computes whole blocks
-    settings = dict(num_pages=40, page_size=4, backend="triton", check=True)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11]]
     params = [
         SamplingParams(temperature=0.0, max_tokens=5),
         SamplingParams(temperature=1.2, top_k=20, top_p=0.9, max_tokens=3, seed=3),
         SamplingParams(max_tokens=5, seed=4),
     ]
-    with Engine(make_model("Llama", {}), **settings) as engine:
-        expected = [r.outputs[0].token_ids for r in engine.generate(prompts, params, raise_errors=True)]
-    with Engine(make_model("Llama", {}), **settings) as engine:
-        stepper = DecodeStepper(engine.forward, engine.store, 8, 64, "triton", Direct(), most=4)
-        engine.core.stepper = stepper
-        got = [r.outputs[0].token_ids for r in engine.generate(prompts, params, raise_errors=True)]
-        assert stepper._steps
-    assert got == expected
+    expected, got, stepper = tokens_of_static_steps(prompts, params, num_pages=40)
+    assert got == expected and not any(bucket.shared for bucket in stepper._steps)
+
+
+@needs_interpreter
+def test_static_steps_over_a_shared_prefix(monkeypatch):
+    """Pages that rows have in common are read once for several of them; no token changes."""
+    from hf_paged.kernels import draw, triton_path, worklist
+
+    monkeypatch.setattr(draw, "BLOCK", 32)
+    monkeypatch.setattr(decode_inputs, "LEAST_SLOTS", 64)
+    monkeypatch.setattr(worklist, "LEAST_SHARED", 1)
+    tiles_of = triton_path.tiles_of
+    monkeypatch.setattr(triton_path, "tiles_of", lambda *args: replace(tiles_of(*args), block_n=16, split=16))
+    prefix = [3 + (7 * i) % 60 for i in range(40)]
+    prompts = [[*prefix, 5 + i] for i in range(3)]
+    params = [SamplingParams(max_tokens=4, seed=i) for i in range(3)]
+    expected, got, stepper = tokens_of_static_steps(prompts, params, num_pages=80)
+    assert got == expected and any(bucket.shared for bucket in stepper._steps)

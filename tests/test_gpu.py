@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import hf_paged
 from hf_paged import Engine, SamplingParams
-from hf_paged.kernels import choose_backend, paged_attention, write_kv
+from hf_paged.kernels import choose_backend, paged_attention, worklist, write_kv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,6 +150,39 @@ def test_kernels_equal_the_reference(case, dtype):
         got = paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
     torch.testing.assert_close(got.cpu().float(), step.expected(), atol=NEAR[dtype], rtol=NEAR[dtype])
     assert choose_backend("auto", "cuda")[0] == "triton"
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64)])
+def test_splits_that_rows_share_change_no_bit(group, dtype, dim, monkeypatch):
+    """One program reads them for several rows: with the same products as for one."""
+    monkeypatch.setattr(worklist, "LEAST_SHARED", 1)
+    lengths = [4200 + 37 * i for i in range(13)] + [2100, 1500]
+    case = Case(tuple((length, None) for length in lengths), 16, 2, group, dim, dim, dtype=dtype, device="cuda")
+    step = make_step(case)
+    for row in range(2, 13):
+        step.rows.page_table[row, :250] = step.rows.page_table[row % 2, :250]
+    assert worklist.shared_pages(step.rows.page_table, step.rows.context_lens, 16) is not None
+    got = [
+        paged_attention(step.query, step.keys, step.values, rows, **step.options)
+        for rows in (replace(step.rows, grouped=grouped, _derived={}) for grouped in (True, False))
+    ]
+    assert torch.equal(*got) and bool(got[0].isfinite().all())
+
+
+def test_rollouts_of_one_prompt_are_those_of_one_by_one(monkeypatch):
+    """Captured steps that read the prompt's pages once for all of them."""
+    monkeypatch.setattr(worklist, "LEAST_SHARED", 1)
+    prompt = [1 + (7 * i) % 90 for i in range(2300)]
+    params = [SamplingParams(temperature=1.0, max_tokens=24, seed=seed) for seed in range(6)]
+    config = LlamaConfig(**{**SIZES, "head_dim": 64}, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    with Engine(model, num_pages=600, page_size=16, check=True) as engine:
+        together = [r.outputs[0].token_ids for r in engine.generate([prompt] * 6, params, raise_errors=True)]
+        assert any(bucket.shared for bucket in engine.core.stepper._steps)
+        alone = [engine.generate([prompt], [one], raise_errors=True)[0].outputs[0].token_ids for one in params]
+    assert together == alone
 
 
 def test_prefill_parts_its_warps_on_hopper(monkeypatch):

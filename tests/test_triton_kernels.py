@@ -209,6 +209,7 @@ def test_a_kernel_that_does_not_compile(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such instruction")
 
+    assert backends._problem("cpu") is None  # remembered: the interpreter is denied from here on
     monkeypatch.setattr(triton_path, "paged_attention", broken)
     monkeypatch.setattr(backends, "_failure", [])
     monkeypatch.setattr(backends, "_interpreting", lambda: False)
@@ -232,6 +233,7 @@ def test_prefill_that_does_not_compile(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no warp groups")
 
+    assert backends._problem("cpu") is None
     monkeypatch.setattr(prefill, "prefill", broken)
     monkeypatch.setattr(backends, "_no_prefill", [])
     monkeypatch.setattr(backends, "_failure", [])
@@ -418,6 +420,12 @@ def check_compiled(target: str, made: list[dict]) -> None:
     assert {one["variant"]["kernel"] for one in made} == set(KERNELS) - absent
     assert not [one for one in made if one["bad"]]
     assert all(one["registers"] for one in made)
+    widths = {"bf16": 2, "fp32": 4, "fp8e4nv": 1}
+    for one in made:
+        constants, variant = dict(one["variant"]["constants"]), one["variant"]
+        if constants.get("SHARES", 1) > 1:  # tiles are on their way while others are computed with
+            tile = constants["BLOCK_N"] * (constants["KEY_DIM"] + constants["VALUE_DIM"]) * widths[variant["pages"]]
+            assert one["shared"] >= (variant["stages"] - 1) * tile, one
 
 
 def test_the_benchmark_of_kernels():
@@ -425,9 +433,10 @@ def test_the_benchmark_of_kernels():
     from hf_paged.integrations.bench.kernels import Scale, run_kernels
     from hf_paged.integrations.cli.bench_kernels import show_kernels
 
-    sizes = dict(decodes=((2, 40),), sweep=(1, 3), sweep_slots=60, prefill=33, verify=(3, 4, 40))
+    sizes = dict(decodes=((2, 40),), sweep=(1, 3), sweep_slots=60, prefill=33, verify=(3, 4, 40), shared=(3, 60, 40))
     small = dict(copy_bytes=1 << 16, matmul=64, layer_bytes=1)
     report = run_kernels(Scale(4, 2, 16, 4, torch.float32, "cpu", 1, **sizes, **small))
     for part in (*report["decode"], *report["decode_fp8"], *report["sweep"], report["prefill"], report["verify"]):
         assert part["seconds"] > 0 and part["relative_error"] < 1e-5
+    assert report["shared"]["equal"]
     show_kernels(report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,9 +147,11 @@ class DecodeStepper:
         if self.failure is not None or bucket.size > self.widest.size:
             return None
         arrays = bucket.arrays(self._host.numpy())
-        if bucket not in self._steps and not self._prepare(bucket, arrays):
-            return None
-        fill(arrays, rows, self.store.page_size)
+        bucket = replace(bucket, shared=fill(arrays, rows, self.store.page_size))
+        if bucket not in self._steps:
+            if not self._prepare(bucket, arrays):
+                return None
+            fill(arrays, rows, self.store.page_size)
         self._send(bucket)
         replay, out, _ = self._steps[bucket]
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.clock is not None else []
@@ -183,7 +186,7 @@ class DecodeStepper:
         clear(arrays)
         self._send(bucket)
         tensors = bucket.tensors(self._inputs)
-        plan = static_plan(tensors, self.store.page_size, self.backend)
+        plan = static_plan(tensors, self.store.page_size, self.backend, bucket.shared)
         out = torch.zeros(2, bucket.rows, dtype=torch.int32, device=self.device)
         try:
             self._steps[bucket] = self.runner.capture(lambda: self._step(plan, tensors, out)), out, plan

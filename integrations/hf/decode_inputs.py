@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_paged.kernels.rows import PagedRows
-from hf_paged.kernels.worklist import StepTensors
+from hf_paged.kernels.worklist import StepTensors, shared_pages
 from hf_paged.plan import PlanRow, StepPlan
 
 LEAST_SLOTS = 1024  # of a row, for which a step is captured
@@ -25,6 +25,8 @@ FIELDS = {
     "temperature": np.float32,
     "limit": np.float32,
     "min_p": np.float32,
+    "order": np.int32,
+    "common": np.int32,
 }
 ALIGNMENT = 16
 
@@ -44,10 +46,14 @@ def width_bucket(slots: int, page_size: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each field of a bucket lies in one buffer of bytes: `rows` rows of `width` pages."""
+    """Where each field of a bucket lies in one buffer of bytes: `rows` rows of `width` pages.
+
+    `shared`: rows may have pages in common, which are read once for several of them.
+    """
 
     rows: int
     width: int
+    shared: bool = False
 
     def parts(self) -> dict[str, tuple[int, int, type]]:
         """First byte, number of elements and dtype of every field."""
@@ -91,8 +97,12 @@ def clear(arrays: dict[str, np.ndarray]) -> None:
     arrays["limit"].fill(-1)
 
 
-def fill(arrays: dict[str, np.ndarray], rows: Sequence[PlanRow], page_size: int) -> None:
-    """Write `rows`, which all decode, into the first lines; the others hold no row."""
+def fill(arrays: dict[str, np.ndarray], rows: Sequence[PlanRow], page_size: int) -> bool:
+    """Write `rows`, which all decode, into the first lines; the others hold no row.
+
+    Returns:
+        whether they have pages in common, so many that it pays to read them once for several rows.
+    """
     n = len(rows)
     for name in FIELDS:
         arrays[name][n:] = -1 if name in ("slots", "limit") else 0
@@ -114,13 +124,18 @@ def fill(arrays: dict[str, np.ndarray], rows: Sequence[PlanRow], page_size: int)
     table[:n][np.arange(table.shape[1]) < held[:, None]] = np.fromiter(pages, np.int32, held.sum())
     page = table[np.arange(n), computed // page_size].astype(np.int64)
     arrays["slots"][:n] = page * page_size + computed % page_size
+    arrays["order"][:] = np.arange(len(table))
+    shared = shared_pages(table[:n], computed + 1, page_size)
+    if shared is not None:
+        arrays["order"][:n], arrays["common"][:n] = shared
+    return shared is not None
 
 
 _ALL = (1 << 64) - 1
 
 
-def static_plan(tensors: dict[str, torch.Tensor], page_size: int, backend: str) -> StepPlan:
-    """The plan of a step whose numbers are those that lie in `tensors` when it runs.
+def static_plan(tensors: dict[str, torch.Tensor], page_size: int, backend: str, shared: bool) -> StepPlan:
+    """The plan of a step whose numbers are those that lie in `tensors` when it runs. `shared`: see `Layout`.
 
     What the kernels need of a step is there already: nothing is read from the arrays of the host.
     """
@@ -128,7 +143,8 @@ def static_plan(tensors: dict[str, torch.Tensor], page_size: int, backend: str) 
     device, longest = tensors["table"].device, width * page_size
     arrays = np.ones(rows, np.int64), np.full(rows, longest), np.zeros((rows, 1), np.int64)
     paged = PagedRows(page_size, rows, *arrays, tensors["slots"], backend, grouped=False)
-    paged.derived(("step", device), lambda: StepTensors(tensors["table"], tensors["context"]))
+    names = ("table", "context", "order", "common")[: 4 if shared else 2]
+    paged.derived(("step", device), lambda: StepTensors(*(tensors[name] for name in names)))
     paged.derived("longest", lambda: longest)
     wanted = torch.arange(rows, device=device)
     return StepPlan(tensors["ids"], tensors["positions"], wanted, paged)

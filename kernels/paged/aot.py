@@ -55,7 +55,7 @@ TARGETS = {
 _TILES = "scale:fp32 cap:fp32 stride_token:i32/16 stride_head:i32/16"
 ARGUMENTS = {
     "decode": "query:*T key_pages:*P value_pages:*P table:*i32 context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
-    "arrived:*i32 rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
+    "arrived:*i32 order:*i32 common:*i32 rows:i32 width:i32 splits:i32 window:i32 " + _TILES,
     "extend": "query:*T key_pages:*P value_pages:*P table:*i32 items:*i32 seen:*i64 sinks:*T out:*T parts:*fp32 "
     "stats:*fp32 arrived:*i32 width:i32 window:i32 " + _TILES,
     "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
@@ -134,9 +134,10 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     configs = {few: extend_config(shape, target, few) for few in (True, False)}
     for on in (False, True):
         options = dict(windowed=on, sinks=on)
-        chosen = with_softcap(config) if on else config
-        constants = decode_constants(shape, chosen, target, capped=on, **options)
-        yield made("decode", constants, chosen.warps, chosen.stages)
+        one = with_softcap(config) if on else config
+        for shared in (False, True):
+            wanted = options | {"windowed": on and not shared, "capped": on, "shared": shared}
+            yield made("decode", decode_constants(shape, one, target, **wanted), one.warps, one.stages)
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=on and few, capped=on, **options)
             yield made("extend", constants, chosen.warps, chosen.stages)
@@ -146,7 +147,8 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     if shape.itemsize == 2 and reads_fp8(target):
         options = dict(windowed=False, capped=False, sinks=False)
         at = config.warps, config.stages, "fp8e4nv"
-        yield made("decode", decode_constants(shape, config, target, narrow=True, **options), *at)
+        for shared in (False, True):
+            yield made("decode", decode_constants(shape, config, target, narrow=True, shared=shared, **options), *at)
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=few, **options)
             yield made("extend", constants, chosen.warps, chosen.stages, at[-1])

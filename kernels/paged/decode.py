@@ -16,18 +16,20 @@ from hf_paged.kernels.launch import (
     HeadShape,
     Target,
     TileConfig,
+    decode_programs,
     full_splits,
     head_shape,
+    overlaps,
+    power_of_two,
     shares,
-    splits_of,
     tile_constants,
     with_softcap,
 )
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
-from hf_paged.kernels.reduce import merge_constants, store_merged
-from hf_paged.kernels.tiles import attend, attend_apart, normalised
-
-LOG2E = 1.4426950408889634
+from hf_paged.kernels.reduce import merge_constants, part_buffers, store_merged, store_part, store_result
+from hf_paged.kernels.splits import count_on_card, follows, most_splits, size_on_card
+from hf_paged.kernels.tiles import attend, load_pages, scaling
+from hf_paged.kernels.tiles_apart import attend_apart, slots_apart
 
 
 @triton.jit(do_not_specialize=["rows", "width", "splits", "window"])
@@ -42,6 +44,8 @@ def decode_kernel(
     parts,
     stats,
     arrived,
+    order,
+    common,
     rows,
     width,
     splits,
@@ -69,9 +73,12 @@ def decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     SHARES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One split of one row and KV head (see `splits_of`); the program that ends last merges all parts, in their order.
+    """One split of one row (see `splits.py`) and KV head; the program that ends last merges a row's, in their order.
+
+    With `MEMBERS`, one split of up to so many rows that have it in common, which is read once.
 
     `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`; `arrived` int32
     `[rows, kv_heads]`: splits that are done, 0 before and after. `context` is read while the kernel ahead still runs,
@@ -80,45 +87,53 @@ def decode_kernel(
     pid = tl.program_id(0)
     head = pid % KV_HEADS
     row = (pid // KV_HEADS) % rows
+    place = row
     split = pid // (KV_HEADS * rows)
+    m = tl.arange(0, BLOCK_M)
+    heads = head * GROUP + m
+    real = m < GROUP
+    members = 1
+    mine = row
+    if MEMBERS > 1:
+        j = tl.arange(0, MEMBERS)
+        chain = follows(order, common, context, place + j, split, rows, PAGE_SIZE, SPLIT, FULL, BLOCK_N)
+        if (tl.sum(((j == 0) & chain).to(tl.int32), 0) > 0) & (place % MEMBERS != 0):
+            return  # a row before this one reads it for both
+        members = tl.minimum(tl.min(tl.where(chain | (j == 0), MEMBERS, j), 0), MEMBERS - place % MEMBERS)
+        row = tl.load(order + place)
+        heads = head * GROUP + m % BLOCK_G
+        real = (m % BLOCK_G < GROUP) & (m // BLOCK_G < members)
+        mine = tl.load(order + place + m // BLOCK_G, mask=real, other=0)
     length = tl.load(context + row)
     first = 0
     if WINDOWED:
         first = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
-    slots = length - first
-    tiles = tl.cdiv(slots, BLOCK_N)
-    count = tl.minimum((slots + SPLIT // 2) // SPLIT, tl.maximum(FULL, (slots + SPLIT) // (2 * SPLIT)))
-    count = tl.maximum(count, 1)
+    size = size_on_card(length - first, SPLIT, FULL, BLOCK_N)
+    count = count_on_card(length - first, size)
     if split >= count:
         return
-    # As many tiles to each, the first ones take what is left over.
-    start = first + (split * (tiles // count) + tl.minimum(split, tiles % count)) * BLOCK_N
-    stop = tl.minimum(start + (tiles // count + (split < tiles % count)) * BLOCK_N, length)
-    m = tl.arange(0, BLOCK_M)
+    start = first + split * size
+    stop = tl.where(split + 1 == count, length, start + size)
     d = tl.arange(0, BLOCK_D)
-    v = tl.arange(0, BLOCK_V)
-    heads = head * GROUP + m
-    own_query = query + row.to(tl.int64) * stride_token
-    real = m < GROUP
+    own_query = query + mine.to(tl.int64) * stride_token
     keys = key_pages + head * (PAGE_SIZE * KEY_DIM)
     values = value_pages + head * (PAGE_SIZE * VALUE_DIM)
     own_table = table + row.to(tl.int64) * width
-    await_others(OVERLAP)
-    # Programs over fp8 are so small that those of the next kernel may wait beside them.
-    NARROW: tl.constexpr = key_pages.dtype.element_ty == tl.float8e4nv
-    if NARROW:
-        admit_next(OVERLAP)
     # fmt: off
     if SHARES > 1:
-        at = own_query + heads[None, :] * stride_head + d[:, None]
-        tile = tl.load(at, mask=real[None, :] & (d < KEY_DIM)[:, None], other=0.0)
+        pages = load_pages(own_table, start + slots_apart(BLOCK_N, SHARES), stop, PAGE_SIZE)
+        at = (own_query + heads * stride_head)[None, :] + d[:, None]
+        at = tl.broadcast_to(at[None, :, :], (SHARES, BLOCK_D, BLOCK_M))
+        real_at = tl.broadcast_to(real[None, None, :], (SHARES, BLOCK_D, BLOCK_M))
         acc, most, total = attend_apart(
-            tile, keys, values, own_table, start, stop, length - window, scale, cap, KV_HEADS, PAGE_SIZE, KEY_DIM,
-            VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SHARES, WINDOWED, CAPPED, PRECISION, STAGES,
+            at, real_at, keys, values, own_table, pages, start, stop, length - window, stop == length, scale, cap,
+            KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, SHARES, WINDOWED, CAPPED, PRECISION, STAGES,
+            OVERLAP,
         )
         acc = tl.trans(acc)
     else:
-        at = own_query + heads[:, None] * stride_head + d[None, :]
+        await_others(OVERLAP)
+        at = (own_query + heads * stride_head)[:, None] + d[None, :]
         tile = tl.load(at, mask=real[:, None] & (d < KEY_DIM)[None, :], other=0.0)
         high = tl.full([BLOCK_M], 0, tl.int32) + length
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -129,32 +144,29 @@ def decode_kernel(
             KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, True, WINDOWED, False, CAPPED,
             PRECISION, STAGES,
         )
-    # fmt: on
-    if not NARROW:
         admit_next(OVERLAP)
-    kept = real[:, None] & (v < VALUE_DIM)[None, :]
+    # fmt: on
+    HEADS: tl.constexpr = KV_HEADS * GROUP
     if count <= 1:
-        sink = most
-        if SINKS:
-            sink = tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-        done = normalised(acc, most, total, sink, SINKS)
-        line = row.to(tl.int64) * (KV_HEADS * GROUP) + heads
-        tl.store(out + line[:, None] * VALUE_DIM + v[None, :], done.to(out.dtype.element_ty), mask=kept)
+        line = mine.to(tl.int64) * HEADS + heads
+        store_result(out, line, acc, most, total, sinks, heads, real, VALUE_DIM, BLOCK_V, SINKS)
     else:
-        line = (row.to(tl.int64) * splits + split) * (KV_HEADS * GROUP) + heads
-        tl.store(parts + line[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
-        tl.store(stats + line * 2, most, mask=real)
-        tl.store(stats + line * 2 + 1, total, mask=real)
-        tl.debug_barrier()  # all of the part is written before it is said to be there
-        flag = arrived + row * KV_HEADS + head
-        if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
-            tl.store(flag, 0)
-            # fmt: off
-            store_merged(
-                parts, stats, row * splits, 1, count, row, head,
-                sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
-            )
-            # fmt: on
+        line = (mine.to(tl.int64) * splits + split) * HEADS + heads
+        store_part(parts, stats, line, acc, most, total, real, VALUE_DIM, BLOCK_V)
+        for member in range(members):
+            if MEMBERS > 1:
+                row = tl.load(order + place + member)
+                length = tl.load(context + row)
+                count = count_on_card(length, size)
+            flag = arrived + row * KV_HEADS + head
+            if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
+                tl.store(flag, 0)
+                # fmt: off
+                store_merged(
+                    parts, stats, row * splits, 1, count, row, head,
+                    sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
+                )
+                # fmt: on
 
 
 def decode(
@@ -167,6 +179,7 @@ def decode(
     arrived: torch.Tensor,
     config: TileConfig,
     *,
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None,
     longest: int,
     scale: float,
     window: int | None = None,
@@ -182,6 +195,7 @@ def decode(
         context: int32 `[rows]`, slots that each row sees; a row of 0 gets zeros.
         out: `[rows, heads, value_dim]`, contiguous.
         arrived: int32, `rows * kv_heads` zeros, which are left so; calls that share them must follow each other.
+        shared: which rows have pages in common, `(order, common)`, int32 `[rows]` (see `shared_pages`).
         longest: at least the largest of `context`: the grid holds splits for so many slots.
     """
     rows, heads, _ = query.shape
@@ -191,9 +205,11 @@ def decode(
     target = target_of(query.device)
     config = config if softcap is None else with_softcap(config)
     narrow = key_pages.dtype == FP8
-    splits = int(splits_of(seen, config.split, full_splits(shape, target, narrow)))
+    splits = most_splits(
+        seen, config.split, full_splits(shape, target, decode_programs(target, narrow)), config.block_n
+    )
     parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
-    chosen = dict(windowed=window is not None, sinks=sinks is not None)
+    chosen = dict(windowed=window is not None, sinks=sinks is not None, shared=shared is not None and splits > 1)
     sinks = out if sinks is None else sinks  # stands for what is not read
     decode_kernel[(rows * kv_heads * splits,)](
         query,
@@ -206,6 +222,7 @@ def decode(
         parts,
         stats,
         arrived,
+        *(shared or (context, context)),
         rows,
         table.shape[1],
         splits,
@@ -228,28 +245,25 @@ def decode_constants(
     capped: bool,
     sinks: bool,
     narrow: bool = False,
+    shared: bool = False,
 ) -> dict:
-    """What `decode_kernel` is compiled for. `narrow`: for pages in fp8."""
+    """What `decode_kernel` is compiled for. `narrow`: for pages in fp8. `shared`: rows may have splits in common.
+
+    These are read once where warps share a tile, and there is no window, which begins elsewhere in each row.
+    """
     parts = shares(shape, config, target)
+    shared = shared and parts > 1 and not windowed
+    columns = 16 if shared and overlaps(target) else 8  # on other cards 16 take more registers than there are
+    block_m = columns if parts > 1 else config.block_m
     return {
         **tile_constants(shape, config),
         **merge_constants(shape),
-        "BLOCK_M": 8 if parts > 1 else config.block_m,
+        "BLOCK_M": block_m,
+        "MEMBERS": block_m // power_of_two(shape.group) if shared else 1,
         "SPLIT": config.split,
-        "FULL": full_splits(shape, target, narrow),
+        "FULL": full_splits(shape, target, decode_programs(target, narrow)),
         "SHARES": parts,
         "WINDOWED": windowed,
         "CAPPED": capped,
         "SINKS": sinks,
     }
-
-
-def scaling(scale: float, softcap: float | None) -> tuple[float, float]:
-    """`scale` and `cap` as the attention kernels take them: with log2(e) in the scale, unless scores are capped."""
-    return (scale * LOG2E, 0.0) if softcap is None else (scale, softcap)
-
-
-def part_buffers(lines: int, heads: int, value_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the parts of `lines` queries: float32 `[lines, heads, value_dim]` and `[lines, heads, 2]`."""
-    parts = torch.empty(lines, heads, value_dim, dtype=torch.float32, device=device)
-    return parts, torch.empty(lines, heads, 2, dtype=torch.float32, device=device)

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.decode import part_buffers, scaling
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape, tile_constants
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
-from hf_paged.kernels.tiles import attend, normalised
+from hf_paged.kernels.reduce import part_buffers, store_part, store_result
+from hf_paged.kernels.tiles import attend, scaling
 from hf_paged.kernels.worklist import WorkList
 
 
@@ -123,10 +123,7 @@ def extend_kernel(
     last = part < 0
     if part >= 0:
         to = (part + place).to(tl.int64) * (KV_HEADS * GROUP) + heads
-        tl.store(parts + to[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
-        tl.store(stats + to * 2, most, mask=real)
-        tl.store(stats + to * 2 + 1, total, mask=real)
-        tl.debug_barrier()  # all of the part is written before it is said to be there
+        store_part(parts, stats, to, acc, most, total, real, VALUE_DIM, BLOCK_V)
         flag = arrived + (tile_index * KV_HEADS + head) * 2
         last = tl.atomic_add(flag, 1, sem="acq_rel") == pieces - 1
         if last:
@@ -146,12 +143,8 @@ def extend_kernel(
                 acc = acc * fade[:, None] + values_of * weight[:, None]
                 most = peak
     if last:
-        sink = most
-        if SINKS:
-            sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
-        done = normalised(acc, most, total, sink, SINKS)
         to = tokens * (KV_HEADS * GROUP) + heads
-        tl.store(out + to[:, None] * VALUE_DIM + v[None, :], done.to(out.dtype.element_ty), mask=kept)
+        store_result(out, to, acc, most, total, sinks, heads, real, VALUE_DIM, BLOCK_V, SINKS)
 
 
 def extend(

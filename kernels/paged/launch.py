@@ -165,7 +165,8 @@ def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     """
     block_m = max(16, power_of_two(shape.group))
     block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), 16 * KIB // (block_m * shape.itemsize))
-    block_n, stages = _fit(shape, target, block_m, max(16, block_n), 3 if target.backend == "cuda" else 2)
+    stages = 2 if target.backend != "cuda" else 4 if overlaps(target) and target.shared > 200 * KIB else 3
+    block_n, stages = _fit(shape, target, block_m, max(16, block_n), stages)
     split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
     config = TileConfig(block_m, block_n, max(split, block_n), 2, stages, _precision(shape, target))
     if shares(shape, config, target) == 1:
@@ -178,10 +179,15 @@ def with_softcap(config: TileConfig) -> TileConfig:
     return replace(config, warps=max(4, config.warps))
 
 
-def full_splits(shape: HeadShape, target: Target, narrow: bool = False) -> int:
-    """Splits of a row with which it occupies the card by itself. `narrow`: pages are in fp8, where one program a
-    processor cannot keep up with memory, and two can."""
-    return max(1, target.processors * (1 + narrow) // shape.kv_heads)
+def full_splits(shape: HeadShape, target: Target, programs: int = 1) -> int:
+    """Splits of a row with which it occupies the card by itself, so many programs a processor."""
+    return max(1, target.processors * programs // shape.kv_heads)
+
+
+def decode_programs(target: Target, narrow: bool) -> int:
+    """Programs of `decode` a processor that occupy the card: two where kernels overlap, since the next one's take their
+    places as they end; and over fp8 (`narrow`), where one cannot keep up with memory."""
+    return 2 if narrow or overlaps(target) else 1
 
 
 def splits_of(slots: int | np.ndarray, split: int | np.ndarray, full: int | np.ndarray) -> np.ndarray:

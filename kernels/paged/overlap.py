@@ -3,7 +3,8 @@
 Such a kernel lets the next one start when all of its own programs are nearly done, and looks at nothing before all
 kernels ahead have ended. A step has some three hundred kernels, each with a start and an end at which the memory stands
 idle. (To start them earlier, or to fetch weights ahead, costs more than it gains: programs that wait hold what others
-need.)
+need.) `decode` alone does both: it looks early at what the kernel right ahead, which stores new keys and values, leaves
+as it is, and lets the next one start as soon as that kernel has ended.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from hf_paged.kernels.launch import overlaps
 
 
 @triton.jit
+def _control(WHAT: tl.constexpr):
+    """As `tl.extra.cuda.gdc_…`, which later versions of Triton do not let stand in a loop whose loads run ahead."""
+    asm: tl.constexpr = "griddepcontrol." + WHAT + "; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def await_others(OVERLAP: tl.constexpr):
     """Returns when all kernels ahead have ended: first in a kernel, in every program."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        _control("wait")
 
 
 @triton.jit
 def admit_next(OVERLAP: tl.constexpr):
     """The next kernel may start, once all programs have come this far or have ended."""
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        _control("launch_dependents")
 
 
 @cache

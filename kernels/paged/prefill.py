@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_paged.kernels.decode import part_buffers, scaling
 from hf_paged.kernels.launch import HeadShape, TileConfig, head_shape
 from hf_paged.kernels.prefill_steps import (
     FETCHERS,
@@ -34,6 +33,8 @@ from hf_paged.kernels.prefill_steps import (
     sync,
     weigh,
 )
+from hf_paged.kernels.reduce import part_buffers
+from hf_paged.kernels.tiles import scaling
 from hf_paged.kernels.worklist import WorkList
 
 # Registers of a thread of the second group and of one that fetches; the first group has as many as the second.

@@ -118,7 +118,8 @@ def paged_attention(
         lines = n * shape.kv_heads
         arrived = rows.derived(("arrived", lines), lambda: torch.zeros(lines, dtype=torch.int32, device=device))
         given = query[:n], key_pages, value_pages, step.table, step.context, out[:n], arrived
-        decode(*given, config, longest=longest, **options)
+        shared = None if step.order is None else (step.order, step.common)
+        decode(*given, config, longest=longest, shared=shared, **options)
     if n < tokens:
         alone = prefill_config(shape, target) if tiles is tiles_of and _prefills(query, key_pages) else None
         for kind in KINDS[1:] if alone is None else (*KINDS[1:], "prefill"):

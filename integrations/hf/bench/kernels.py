@@ -24,6 +24,7 @@ SWEEP = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256)  # rows, of together `SWEEP_SLOTS
 SWEEP_SLOTS = 1 << 18
 PREFILL = 8192
 VERIFY = (64, 8, 4096)  # rows, tokens each, slots each
+SHARED = (64, 8192, 7680)  # rows, slots each, slots that all have in common
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Scale:
     sweep_slots: int = SWEEP_SLOTS
     prefill: int = PREFILL
     verify: tuple[int, int, int] = VERIFY
+    shared: tuple[int, int, int] = SHARED
     copy_bytes: int = 1 << 31
     matmul: int = 8192
     layer_bytes: int = 1 << 30  # KV that a timing goes through, at least: more than any cache holds
@@ -185,6 +187,18 @@ def measure_verify(scale: Scale) -> dict[str, Any]:
     return {"rows": rows, "tokens": tokens, "context": context, "seconds": times[tokens], "over_decode": ratio, **found}
 
 
+def measure_shared(scale: Scale) -> dict[str, Any]:
+    """Rows that have their first pages in common: what they share read once for several, over read by each."""
+    rows, context, common = scale.shared
+    scene = make_scene(scale, [1] * rows, [context] * rows)
+    scene.rows.page_table[:, : common // scale.page_size] = scene.rows.page_table[0, : common // scale.page_size]
+    both = [replace(scene, rows=replace(scene.rows, grouped=grouped, _derived={})) for grouped in (True, False)]
+    grouped, ungrouped = (seconds_of(one.call, scale, 4) for one in both)
+    equal = torch.equal(*(one.call(0) for one in both))
+    sizes = {"rows": rows, "context": context, "shared": common}
+    return {**sizes, "seconds": grouped, "ungrouped_seconds": ungrouped, "ratio": grouped / ungrouped, "equal": equal}
+
+
 def errors(scene: Scene, scale: Scale) -> dict[str, float]:
     """Largest error of the first row against float64, over the largest value; and that of torch's own attention."""
     query, key, value = _dense(scene, 0)
@@ -237,10 +251,10 @@ def run_kernels(scale: Scale | None = None, progress: Progress | None = None) ->
     """All of it. A share is of the ceiling that was measured in the same run.
 
     Returns:
-        A report: ceilings, decodes (also of KV in fp8), sweep over rows, prefill, verification.
+        A report: ceilings, decodes (also of KV in fp8), sweep over rows, prefill, verification, a shared prefix.
     """
     scale, progress = scale or Scale(), progress or Progress()
-    progress.plan(3 + 2 * len(scale.decodes) + len(scale.sweep))
+    progress.plan(4 + 2 * len(scale.decodes) + len(scale.sweep))
 
     def done(note: str, make: Callable[[], Any]) -> Any:
         progress.note(note)
@@ -273,5 +287,6 @@ def run_kernels(scale: Scale | None = None, progress: Progress | None = None) ->
         "sweep": sweep,
         "prefill": done("prefill", lambda: measure_prefill(scale, matmul)),
         "verify": done("verification", lambda: measure_verify(scale)),
+        "shared": done("a shared prefix", lambda: measure_shared(scale)),
         "machine": machine(),
     }

@@ -26,8 +26,9 @@ def kernels(
 ) -> None:
     """Paged attention on a GPU, as shares of its copy bandwidth and of its matrix products, measured in the same run.
 
-    Decodes of several shapes, a prompt of 8k (against torch's attention over contiguous KV), and verification of drafts
-    over the time of a decode; errors are against float64, torch's own beside them. Layers are timed in a CUDA graph.
+    Decodes of several shapes, a prompt of 8k (against torch's attention over contiguous KV), verification of drafts
+    over the time of a decode, rows that share a prefix; errors are against float64, torch's own beside them. Layers are
+    timed in a CUDA graph.
     """
     import torch
 
@@ -77,3 +78,7 @@ def show_kernels(report: dict[str, Any]) -> None:
     one = report["verify"]
     row = [f"{one['rows']} × {one['tokens']}", f"{one['seconds'] * 1e6:.0f}", f"{one['over_decode']:.2f}×"]
     table(f"Verification over {one['context']} slots", ["rows × tokens", "µs", "a decode's time"], [row])
+    one = report["shared"]
+    row = [f"{one[name] * 1e6:.0f}" for name in ("seconds", "ungrouped_seconds")] + [f"{one['ratio']:.2f}×"]
+    title = f"Decode, {one['rows']} × {one['context']}, of which all share {one['shared']}"
+    table(title, ["read once for several, µs", "by each, µs", "ratio"], [row])
