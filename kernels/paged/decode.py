@@ -163,7 +163,7 @@ def decode_kernel(
                 tl.store(flag, 0)
                 # fmt: off
                 store_merged(
-                    parts, stats, row * splits, 1, count, row, head,
+                    parts, stats, row * splits, count, row, head,
                     sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
                 )
                 # fmt: on

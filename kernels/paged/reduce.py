@@ -41,24 +41,26 @@ def store_result(
 
 @triton.jit
 def merged(
-    parts, stats, first, step, count, heads, real,
+    parts, stats, first, count, heads, real,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Lines `first`, `first + step`, ... (`count` of them) of `heads` `[BLOCK_G]`, those that are `real`.
+    """Lines `first`, `first + 1`, ... (`count` of them) of `heads` `[BLOCK_G]`, those that are `real`.
 
     Returns:
         weighted values `[BLOCK_G, BLOCK_V]`, largest score and sum of weights `[BLOCK_G]`.
     """
     v = tl.arange(0, BLOCK_V)
     p = tl.arange(0, BLOCK_P)
+    parts += first.to(tl.int64) * (HEADS * VALUE_DIM)
+    stats += first.to(tl.int64) * (HEADS * 2)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     for begin in range(0, count, BLOCK_P):
         # Heads first: so each thread has all lines of its elements, and need not wait for others to sum them.
-        line = heads[:, None] + (first + (begin + p) * step).to(tl.int64)[None, :] * HEADS
+        line = heads[:, None] + (begin + p)[None, :] * HEADS
         there = real[:, None] & (begin + p < count)[None, :]
-        at = parts + line[:, :, None] * VALUE_DIM + v[None, None, :]
+        at = parts + (line[:, :, None] * VALUE_DIM + v[None, None, :])
         values = tl.load(at, mask=there[:, :, None] & (v < VALUE_DIM)[None, None, :], other=0.0)
         peaks = tl.load(stats + line * 2, mask=there, other=float("-inf"))
         sums = tl.load(stats + line * 2 + 1, mask=there, other=0.0)
@@ -74,7 +76,7 @@ def merged(
 
 @triton.jit
 def store_merged(
-    parts, stats, first, step, count, token, head, sinks, out,
+    parts, stats, first, count, token, head, sinks, out,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +87,7 @@ def store_merged(
     HEADS: tl.constexpr = KV_HEADS * GROUP
     # fmt: off
     acc, most, total = merged(
-        parts, stats, first, step, count, heads, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P
+        parts, stats, first, count, heads, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P
     )
     # fmt: on
     line = token.to(tl.int64) * HEADS + heads

@@ -45,7 +45,8 @@ class PagedRows:
         slots: int64 `[tokens]` on the model's device: `page * page_size + offset` of each token.
         backend: `torch` keeps to torch's own ops; `auto` takes compiled ones where there are any.
         tree: which slots queries see, where draft tokens branch.
-        grouped: whether what many queries see is computed once for all of them, where an op can (see `groups.py`, `splits.py`).
+        grouped: whether what many queries see is read and computed once for all of them, where an op can (see
+            `groups.py`, `splits.py`).
     """
 
     page_size: int
