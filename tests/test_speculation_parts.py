@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from cli_helpers import save_tiny
 from hypothesis import given
@@ -128,6 +129,22 @@ def test_costs_follow_the_pace_of_the_machine():
     for _ in range(60):
         table.note(1, 1.0)
     assert [table.seconds(size) for size in (1, 4, 8)] == pytest.approx([1.0, 1.1, 1.5], rel=0.06)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1, 2, 4)])
+def test_costs_of_sizes_that_are_not_seen_stay(sizes):
+    """Thousands of forwards whose seconds stray to one side only, as those of a busy machine do, move no other size."""
+    rng, table = np.random.default_rng(0), CostTable()
+    true = {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.7, 33: 6.0}
+
+    def note(size: int) -> None:
+        table.note(size, true[size] * (1 + 0.03 * rng.random() + (rng.random() < 0.15) * rng.exponential()))
+
+    for size in (*true, *true) * 10:
+        note(size)
+    for size in rng.choice(sizes, 6000).tolist():
+        note(size)
+    assert [table.seconds(size) for size in true] == pytest.approx(list(true.values()), rel=0.1)
 
 
 @pytest.mark.parametrize("faster", [True, False])

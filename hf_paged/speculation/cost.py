@@ -8,7 +8,7 @@ from math import log2
 
 KEPT = 15  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
 KNOWN = 3  # measurements of a size before they count: one that stumbled would bar it for good
-FOLLOWS = 0.25  # of what a forward says of the machine's pace
+LATEST = 9  # forwards that say what the machine's pace is now
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
 
 
@@ -20,12 +20,15 @@ class CostTable:
     """Seconds of a forward over so many tokens: medians where it was measured, straight lines between.
 
     A machine that is shared is quicker at one time than at another, and sizes are not measured at the same times. So
-    what is kept is measured against the table itself: how much slower the machine is now than the table has it follows
-    the latest forwards of any size, and is taken out.
+    what is kept is measured against the table itself: how much slower the machine is now than the table has it is what
+    the latest forwards of any size say, and is taken out. A row of forwards of one size says that alone: were its own
+    seconds to follow, too, both would drift, and sizes that are not measured meanwhile would seem dear for good.
     """
 
     def __init__(self) -> None:
-        self._pace = 1.0  # seconds now over those of the table
+        self._ratios: deque[float] = deque(maxlen=LATEST)  # of the latest forwards: seconds over those of the table
+        self._pace = 1.0  # their median
+        self._last = 0
         self._seen: dict[int, tuple[deque[float], int]] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
@@ -39,14 +42,18 @@ class CostTable:
         bucket = tokens if tokens <= EXACT else EXACT + int(8 * (log2(tokens) - log2(EXACT))) + 1
         times, seen = self._seen.get(bucket) or (deque(maxlen=KEPT), 0)
         self._seen[bucket] = times, tokens
-        if seen:
-            if len(times) >= KNOWN:
-                ratio = seconds / max(self._pace * self._at(tokens), 1e-9)
-                self._pace *= min(max(ratio, 0.5), 2.0) ** FOLLOWS
-            times.append(seconds / self._pace)
-            self._notes += 1
-            if len(times) < KEPT or self._notes % KEPT == 0:
-                self._settle()
+        alone, self._last = bucket == self._last, bucket
+        if not seen:
+            return
+        if len(times) >= KNOWN:
+            self._ratios.append(seconds / max(self._at(tokens), 1e-9))
+            self._pace = sorted(self._ratios)[len(self._ratios) // 2]
+        if alone and len(times) == KEPT:
+            return
+        times.append(seconds / self._pace)
+        self._notes += 1
+        if len(times) < KEPT or self._notes % KEPT == 0:
+            self._settle()
 
     def _settle(self) -> None:
         """Seconds in order of size: medians, but the least of a few. A smaller size never costs more than a larger one:
