@@ -164,7 +164,8 @@ def decode_config(shape: HeadShape, target: Target) -> TileConfig:
     Two warps that have nothing to exchange keep up with memory, and leave room for three programs a processor.
     """
     block_m = max(16, power_of_two(shape.group))
-    block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), 16 * KIB // (block_m * shape.itemsize))
+    weights = 16 * KIB if shape.itemsize <= 2 else 8 * KIB  # of a tile, which are held in registers
+    block_n = min(128, power_of_two(32 * KIB // shape.slot_bytes), weights // (block_m * shape.itemsize))
     stages = 2 if target.backend != "cuda" else 4 if overlaps(target) and target.shared > 200 * KIB else 3
     block_n, stages = _fit(shape, target, block_m, max(16, block_n), stages)
     split = min(1024, max(128, power_of_two(32 * KIB * shape.kv_heads // (2 * target.processors))))
