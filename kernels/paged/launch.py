@@ -59,7 +59,7 @@ class TileConfig:
     Attributes:
         block_m: lines of a tile: queries times query heads a KV head.
         block_n: slots of a tile.
-        split: slots that one program reads of a row's, about (see `splits_of`); a multiple of `block_n`.
+        split: slots that one program reads of a row's, about (see `splits_of`, `splits.py`); a multiple of `block_n`.
         warps, stages: as Triton has them.
         precision: of products of float32.
     """
@@ -193,7 +193,7 @@ def decode_programs(target: Target, narrow: bool) -> int:
 
 def splits_of(slots: int | np.ndarray, split: int | np.ndarray, full: int | np.ndarray) -> np.ndarray:
     """How many splits a row of `slots` has: one for `split` slots, give or take half of that; where `full` are enough
-    to occupy the card, they may have twice as many slots. (`decode_kernel` says the same.)"""
+    to occupy the card, they may have twice as many slots. (For `extend`; those of `decode` are in `splits.py`.)"""
     most = np.maximum(full, (slots + split) // (2 * split))
     return np.maximum(np.minimum((slots + split // 2) // split, most), 1)
 

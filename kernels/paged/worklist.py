@@ -70,7 +70,7 @@ def shared_pages(table: np.ndarray, context: np.ndarray, page_size: int) -> tupl
         None where these are too few to care.
     """
     rows, width = table.shape
-    if rows < 2 or len(np.unique(table[:, 0])) == rows:
+    if rows < 2 or context.sum() < LEAST_SHARED or len(np.unique(table[:, 0])) == rows:
         return None
     table = np.ascontiguousarray(table, np.int32)
     # As strings of bytes: any order will do that has equal beginnings side by side.
