@@ -168,7 +168,7 @@ class Drafting:
             return
         seconds = self.measured(seconds)
         for speculator in self.speculators.values():
-            speculator.trial.note(tokens, seconds if self._plain else 0.0)
+            speculator.stepped(tokens, seconds if self._plain else 0.0)
         if self._plain:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)

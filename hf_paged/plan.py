@@ -131,7 +131,14 @@ def build_plan(
         positions=packed[total : 2 * total],
         logits_at=packed[3 * total :],
         rows=PagedRows(
-            page_size, decodes, counts, ends, _page_table(rows), packed[2 * total : 3 * total], backend, tree
+            page_size,
+            decodes,
+            counts,
+            ends,
+            page_table([row.sequence for row in rows]),
+            packed[2 * total : 3 * total],
+            backend,
+            tree,
         ),
     )
 
@@ -145,12 +152,12 @@ def _tree_mask(rows: Rows[PlanRow], positions: list[int]) -> TreeMask:
     return TreeMask(*(np.array(part, np.int64) for part in (visible, base, positions)))
 
 
-def _page_table(rows: Rows[PlanRow]) -> np.ndarray:
-    """Page tables of all rows, int64 `[rows, longest]`, 0 behind a row's last page."""
-    lengths = [len(row.sequence.pages) for row in rows]
+def page_table(sequences: Rows[Sequence]) -> np.ndarray:
+    """Page tables of all sequences, int64 `[sequences, longest]`, 0 behind a sequence's last page."""
+    lengths = [len(sequence.pages) for sequence in sequences]
     if min(lengths) == max(lengths):
-        return np.array([row.sequence.pages for row in rows], np.int64)
-    table = np.zeros((len(rows), max(lengths)), np.int64)
+        return np.array([sequence.pages for sequence in sequences], np.int64)
+    table = np.zeros((len(sequences), max(lengths)), np.int64)
     filled = np.arange(table.shape[1]) < np.array(lengths)[:, None]
-    table[filled] = [page for row in rows for page in row.sequence.pages]
+    table[filled] = [page for sequence in sequences for page in sequence.pages]
     return table

@@ -16,11 +16,13 @@ from hf_paged.penalties import adjust
 from hf_paged.pipeline import Pipeline, run_pipelines
 from hf_paged.sampling import SamplingRow
 
+Chosen = tuple[list[list[int]], list[list[float]]]  # of each row tokens and their odds, best first
+
 CANDIDATES = 64  # the draft's likeliest tokens, among which noise decides
 
 
 @torch.no_grad()
-def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> tuple[list[list[int]], list[list[float]]]:
+def choose(logits: torch.Tensor, rows: Sequence[SamplingRow], width: int) -> Chosen:
     """The `width` likeliest tokens of each row, and the probabilities of each to come first.
 
     Args:

@@ -14,8 +14,9 @@ import torch
 from hf_paged.memory import PageCopy
 from hf_paged.plan import PlanRow, Span, StepPlan
 from hf_paged.sequence import Sequence
-from hf_paged.speculation.choose import choose
+from hf_paged.speculation.choose import Chosen, choose
 from hf_paged.speculation.drafter import Drafter, kind_of
+from hf_paged.speculation.few import FewDrafts
 from hf_paged.speculation.guide import Guide
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict, tree_places
 from hf_paged.store import KVStore
@@ -34,6 +35,11 @@ class Tree:
     reach: list[float] = field(default_factory=list)
     frontier: list[int] = field(default_factory=lambda: [-1])
     fed: int = 0
+
+    @property
+    def branches(self) -> bool:
+        """Whether two drafts follow the same token."""
+        return self.parents != list(range(-1, len(self.parents) - 1))
 
     def path(self, node: int) -> list[int]:
         """Tokens from the row's last one to `node`."""
@@ -127,7 +133,14 @@ class DraftModel(Drafter):
         known = [self.known(tree.planned) for tree in trees]
         lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
         with self._timed(guide, lag):
-            self._extend(trees, self._catch_up(trees, known), guide, 1)
+            few = FewDrafts.begin(self.forward, trees, self.page_size, self.most)
+            if few is not None and lag <= few.most:
+                chosen = few.behind_known(known, guide.width)
+            else:
+                chosen = self._choose(trees, self._catch_up(trees, known), guide.width)
+            for tree, begin in zip(trees, known, strict=True):
+                self._mark(tree.planned, begin, tree.planned.sequence.computed + 1)
+            self._extend(trees, chosen, guide, 1)
         for depth in range(2, deepest + 1):
             growing = [tree for tree in trees if tree.frontier and depth <= tree.deepest]
             growing = [tree for tree in growing if reserve(tree.planned, len(tree.tokens))]
@@ -135,7 +148,17 @@ class DraftModel(Drafter):
             if not guide.goes_on(depth, reaches, len(reaches), deepest):
                 return
             with self._timed(guide, len(reaches)):
-                self._extend(growing, self._compute(growing), guide, depth)
+                if few is not None and len(reaches) <= few.most:
+                    chosen = few.behind_frontier(growing, depth, guide.width)
+                else:
+                    chosen = self._choose(growing, self._compute(growing), guide.width)
+                self._extend(growing, chosen, guide, depth)
+
+    @staticmethod
+    def _choose(trees: list[Tree], logits: torch.Tensor, width: int) -> Chosen:
+        """The tokens and odds behind every node of every frontier."""
+        rows = [tree.planned.row.sampling.ahead(tree.path(node)) for tree in trees for node in tree.frontier]
+        return choose(logits, rows, width)
 
     def _catch_up(self, trees: list[Tree], known: list[int]) -> torch.Tensor:
         """Logits behind the last token of each row; what the model has not seen of it yet is computed."""
@@ -147,10 +170,7 @@ class DraftModel(Drafter):
                 self._run([self._row(tree, begin, begin + self.most, 0)])
                 begin += self.most
             rows.append(self._row(tree, begin, end, 1))
-        logits = self._run_in_parts(rows)
-        for tree, begin in zip(trees, known, strict=True):
-            self._mark(tree.planned, begin, tree.planned.sequence.computed + 1)
-        return logits
+        return self._run_in_parts(rows)
 
     def _row(self, tree: Tree, begin: int, end: int, logits: int) -> PlanRow:
         tokens = tree.planned.sequence.tokens[begin:end]
@@ -162,7 +182,7 @@ class DraftModel(Drafter):
         for tree in trees:
             computed, first, count = tree.planned.sequence.computed, tree.fed, len(tree.frontier)
             span = Span(tuple(tree.tokens[first : first + count]), computed + 1 + first, computed)
-            if tree.parents != list(range(-1, len(tree.parents) - 1)):
+            if tree.branches:
                 positions, visible = tree_places(tree.parents, computed)
                 own = slice(first + 1, first + 1 + count)
                 span = Span(span.token_ids, span.first, computed, positions[own], visible[own])
@@ -170,12 +190,9 @@ class DraftModel(Drafter):
             tree.fed = first + count
         return self._run(rows)
 
-    def _extend(self, trees: list[Tree], logits: torch.Tensor, guide: Guide, depth: int) -> None:
+    def _extend(self, trees: list[Tree], chosen: Chosen, guide: Guide, depth: int) -> None:
         """Add children to every node of every frontier; the best of them are the next frontier."""
-        nodes = [(tree, node) for tree in trees for node in tree.frontier]
-        rows = [tree.planned.row.sampling.ahead(tree.path(node)) for tree, node in nodes]
-        tokens, probs = choose(logits, rows, guide.width)
-        least, at = guide.least(), 0
+        (tokens, probs), least, at = chosen, guide.least(), 0
         for tree in trees:
             grown = []
             for node in tree.frontier:

@@ -20,6 +20,7 @@ from hf_paged.speculation.trial import Trial
 
 # A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps.
 PATIENCE, LONGEST_WAIT = 3, 15
+LASTING = 0.99  # of what was expected and taken in the steps before
 
 
 @dataclass(eq=False)
@@ -63,6 +64,10 @@ class Speculator:
         self.acceptance = Acceptance()
         self.tallies: dict[str, Tally] = {}
         self.trial = Trial()
+        self._plain = 0.0  # seconds of this step, were it without drafts
+        self._drawn = 0  # rows that draw in it
+        self._reach, self._taken = 0.0, 0  # drafts of this step that are expected to be taken, and that were
+        self._reached, self._took = 0.0, 0.0  # the same of the latest steps
 
     def propose(
         self,
@@ -79,11 +84,13 @@ class Speculator:
             budget: drafts that the step can take.
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
+        self._reach, self._taken, self._plain = 0.0, 0, 0.0
         depths = {planned: self._deepest(planned.row, budget) for planned in rows}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths or budget <= 0:
             return {}
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
+        self._drawn, self._plain = drawn, drawn / ledger.plain() if ledger is not None else 0.0
         offers, asked = self._known_texts(depths)
         drafting = [planned for planned in depths if planned not in offers]
         if self.drafter is not None and not self.drafter.failed and (ledger is None or self.trial.drafts(len(rows))):
@@ -198,6 +205,7 @@ class Speculator:
         else:
             ledger.nodes, ledger.reach = 0, 0.0
             count = min(ledger.choose([reach for reach, _, _ in nodes]), budget)
+        self._reach = sum(reach for reach, _, _ in nodes[:count])
         chosen: dict[PlanRow, list[int]] = {}
         for _, index, planned in nodes[:count]:
             chosen.setdefault(planned, []).append(-index)
@@ -230,8 +238,17 @@ class Speculator:
         metrics.draft_tokens += len(verdict.proposal)
         metrics.accepted_tokens += verdict.accepted
         metrics.verified_steps += 1
+        self._taken += verdict.accepted
         if self.drafter is not None and source == self.drafter.name:
             self.drafter.settle(planned, verdict, computed)
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """What the whole step made and took; `seconds` of one that computed prompts: 0."""
+        self._reached = LASTING * self._reached + self._reach
+        self._took = LASTING * self._took + self._taken
+        if self._plain and self._drawn:
+            usual = self._reach * (self._took + 1) / (self._reached + 1)
+            self.trial.note((tokens - self._taken + usual) / self._drawn, seconds / self._plain)
 
     def ended(self, row: Row) -> None:
         """A row has ended: what it wrote is known to the suffix index."""

@@ -1,8 +1,10 @@
-"""Whether drafting pays, by trying: tokens a second with and without it, for batches of like size.
+"""Whether drafting pays, by trying, for batches of like size.
 
-Estimates of odds and costs say how deep to draft; that drafting never makes a batch slower rests on what was measured
-from end to end. A few steps now and then do what the others do not, and are held against the steps just before them:
-a machine's speed drifts by more than what is to be found out.
+Estimates of odds and costs say how deep to draft; that drafting never makes a batch slower rests on what steps with
+drafts really take. A few steps now and then do what the others do not. How many drafts a step takes varies by far more
+than what is to be found out, and so does a shared machine's speed: tokens are counted as expected (`Speculator` holds
+expectations against what came), and seconds over those of a step without drafts at the machine's present pace; and not
+the latest trial decides, but all of the latest steps of both kinds.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from statistics import median
 TRIED = 6  # steps of a trial
 LEAST = 4  # of these, steps that were like others: else it goes on
 SHORT, LONG = 12, 768  # steps between trials: more as long as the same turns out to be faster
-TRIALS = 5  # the latest; their median counts
-MARGIN = 1.08  # what drafting must gain: the draft model has prompts to read, too, which trials do not show
+KEPT = 48  # steps of a kind that count
+MARGIN = 1.05  # what drafting must gain: the draft model has prompts to read, too, which trials do not show
+STUMBLE = 2.5  # a step counts as so many times the usual one at most
 
 
 @dataclass(eq=False)
@@ -23,20 +26,21 @@ class Batch:
     """What is known of batches of one size.
 
     Attributes:
-        gains: of the latest trials: tokens a second with drafts over those without.
+        seen: of the latest steps without and with drafts of the model: tokens over those of a step without any drafts,
+            and seconds over its.
         best: whether to draft. trying: whether this phase does the other.
         left: steps of the phase. span: steps between trials.
-        seen: tokens and seconds of the phase's latest steps. before: tokens a second before the trial.
-        fresh: whether the phase has just begun, and the draft model catches up.
+        noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
     """
 
-    gains: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    seen: tuple[deque[tuple[float, float]], deque[tuple[float, float]]] = field(
+        default_factory=lambda: (deque(maxlen=KEPT), deque(maxlen=KEPT))
+    )
     best: bool = False
     trying: bool = False
     left: int = TRIED
     span: int = SHORT
-    seen: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=2 * TRIED))
-    before: float = 0.0
+    noted: int = 0
     fresh: bool = False
 
     @property
@@ -44,26 +48,36 @@ class Batch:
         """Whether this phase drafts."""
         return self.best != self.trying
 
+    def gain(self) -> float:
+        """Tokens a second with drafts over those without."""
+        without, drafted = map(_rate, self.seen)
+        return drafted / without
+
     def turn(self) -> None:
         """The next phase."""
-        if len(self.seen) < LEAST:
+        if self.noted < LEAST:
             self.left = TRIED
             return
-        rate, mode = sum(tokens for tokens, _ in self.seen) / sum(seconds for _, seconds in self.seen), self.mode
+        mode = self.mode
         if self.trying:
-            self._conclude(rate)
+            best = self.gain() > MARGIN
+            self.span = min(4 * self.span, LONG) if best == self.best else SHORT
+            self.best, self.trying, self.left = best, False, self.span
         else:
-            self.before, self.trying, self.left = rate, True, TRIED
-        self.fresh = self.mode != mode
-        if self.fresh:
-            self.seen.clear()
+            self.trying, self.left = True, TRIED
+        self.noted, self.fresh = 0, self.mode and not mode
 
-    def _conclude(self, rate: float) -> None:
-        """A trial has ended."""
-        self.gains.append(self.before / rate if self.best else rate / self.before)
-        best = median(self.gains) > MARGIN
-        self.span = min(4 * self.span, LONG) if best == self.best else SHORT
-        self.best, self.trying, self.left = best, False, self.span
+    def add(self, tokens: float, cost: float) -> None:
+        """A step of this phase."""
+        self.seen[self.mode].append((tokens, cost))
+        self.noted += 1
+        if self.best and not self.trying and self.noted % KEPT == 0 and self.gain() < 1:
+            self.best, self.left, self.span, self.noted = False, SHORT, SHORT, 0
+
+
+def _rate(steps: deque[tuple[float, float]]) -> float:
+    most = STUMBLE * median(cost for _, cost in steps)
+    return sum(tokens for tokens, _ in steps) / sum(min(cost, most) for _, cost in steps)
 
 
 class Trial:
@@ -81,12 +95,17 @@ class Trial:
         batch.left -= 1
         return batch.mode
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """What the step that was asked about made. `seconds` of one that is not like the others: 0."""
+    def note(self, tokens: float, cost: float) -> None:
+        """What the step that was asked about came to.
+
+        Args:
+            tokens: over those of a step without drafts.
+            cost: seconds over those of a step without drafts; 0 for a step that is not like the others.
+        """
         batch, self._now = self._now, None
-        if batch is None or not seconds:
+        if batch is None or not cost:
             return
         if batch.fresh:
             batch.fresh = False
-            return
-        batch.seen.append((tokens, seconds))
+        else:
+            batch.add(tokens, cost)

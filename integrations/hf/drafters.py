@@ -13,6 +13,7 @@ from hf_paged.config import require
 from hf_paged.integrations.inspect import ModelFacts, PagedForward, model_facts, verify_forward
 from hf_paged.integrations.lean import LeanForward
 from hf_paged.integrations.vocabularies import Pair, same_vocabulary, vocabularies
+from hf_paged.kernels.native_blocks import FewModel
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.draft_model import DraftModel
 from hf_paged.speculation.drafter import Drafter
@@ -148,6 +149,10 @@ class EarlyExit:
         self.lean = LeanForward.build(model, self.engine.store, self.engine.config.backend)
         if self.lean is not None:
             self.lean.layers = self.lean.layers[: self.layers]
+
+    def few_model(self) -> FewModel | None:
+        """See `LeanForward.few_model`."""
+        return self.lean.few_model() if self.lean is not None else None
 
     def __call__(self, plan) -> torch.Tensor:
         if self.lean is not None:

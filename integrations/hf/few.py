@@ -1,4 +1,4 @@
-"""A lean forward's blocks over a few lines: the compiled op, and addresses of weights, looked up every time."""
+"""A lean forward over a few lines: the compiled op, and addresses of weights, looked up every time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-from hf_paged.kernels.native_blocks import FIELDS, LINEARS, NORMS, block_ops
+from hf_paged.kernels.native_blocks import FIELDS, FREQUENCIES, LINEARS, NORMS, FewModel, forward_op
 from hf_paged.plan import StepPlan
 
 if TYPE_CHECKING:
@@ -16,29 +16,35 @@ if TYPE_CHECKING:
 
 
 class FewLines:
-    """What `LeanForward` does for a few lines, its blocks in one compiled call.
+    """What `LeanForward` does for a few lines, in one compiled call.
 
     The forward is given every time, its `layers` may be cut short; two that held each other would outlive the model.
     """
 
     def __init__(self) -> None:
-        self.ops = block_ops()
-        self._places, self._seen, self._table = [], [], None
-        self._eps, self._sizes = 0.0, (0, 0, 0, 0)
+        self.op = forward_op()
+        self._places: list[tuple[dict[str, nn.Module], str]] = []
+        self._modules: list[nn.Module | None] = []
+        self._parameters: list[dict[str, nn.Parameter | None]] = []
+        self._seen: list[int] = []
+        self._model: FewModel | None = None
 
     def fit(self, lean: LeanForward) -> bool:
         """Whether the op serves the weights as they are now; where they are is known then."""
         layers = lean.layers
-        if self.ops is None or not layers:
+        if self.op is None or not layers:
             return False
-        if len(self._places) != len(layers) * (len(LINEARS) + len(NORMS)):
+        if len(self._places) != len(layers) * (len(LINEARS) + len(NORMS)) + 3:
             self._look(lean)
-        parts = [modules[name]._parameters if name in modules else {} for modules, name in self._places]
-        pairs = [(part.get("weight"), part.get("bias")) for part in parts]
-        found = [0 if p is None else p.data_ptr() for pair in pairs for p in pair]
+        modules = [modules.get(name) for modules, name in self._places]
+        if modules != self._modules:
+            self._modules, self._seen = modules, []
+            self._parameters = [module._parameters if module is not None else {} for module in modules]
+        parts = [part.get(name) for part in self._parameters for name in ("weight", "bias")]
+        found = [0 if part is None else part.data_ptr() for part in parts]
         if found != self._seen:
-            self._seen, self._table = found, self._made(lean, found)
-        return self._table is not None
+            self._seen, self._model = found, self._made(lean, found)
+        return self._model is not None
 
     def _look(self, lean: LeanForward) -> None:
         """Which modules there are, by the dicts that hold them."""
@@ -48,34 +54,56 @@ class FewLines:
             self._places += [(attention if name in attention else mlp, name) for name in LINEARS]
             outer = {"norm": layer.norm, "mlp_norm": layer.mlp_norm}
             self._places += [(outer if name in outer else attention, name) for name in NORMS]
+        ends = {"embed": lean.embed, "norm": lean.norm, "head": lean.head}
+        self._places += [(ends, name) for name in ends]
 
-    def _made(self, lean: LeanForward, found: list[int]) -> np.ndarray | None:
-        """The op's table, `[blocks, FIELDS]`; None where a weight does not lie as it must, or norms differ."""
+    def _made(self, lean: LeanForward, found: list[int]) -> FewModel | None:
+        """The op's model; None where a weight does not lie as it must, or norms differ."""
         layers = lean.layers
-        parts = [modules[name] for modules, name in self._places if modules.get(name) is not None]
-        whole = all(p.is_contiguous() for part in parts for p in part._parameters.values() if p is not None)
-        eps = {norm.variance_epsilon for layer in layers for norm in layer.norms()}
+        whole = all(p.is_contiguous() for part in self._parameters for p in part.values() if p is not None)
+        eps = {norm.variance_epsilon for norm in (lean.norm, *(norm for layer in layers for norm in layer.norms()))}
         widths = {layer.mlp.gate_proj.weight.shape[0] for layer in layers}
         key, dim = lean.store.keys[0], lean.head_dim
         heads = {layer.attention.q_proj.weight.shape[0] // dim for layer in layers}
         if not whole or len(eps) > 1 or len(widths) > 1 or len(heads) > 1:
             return None
-        self._eps, self._sizes = eps.pop(), (widths.pop(), heads.pop(), key.shape[1], dim)
-        parts = np.array(found, np.int64).reshape(len(layers), -1, 2)
-        norms = parts[:, len(LINEARS) :, 0]
-        table = np.zeros((len(layers), FIELDS), np.int64)
-        table[:, :-3] = np.concatenate([parts[:, : len(LINEARS)].reshape(len(layers), -1), norms], 1)
-        return table
+        (vocab, width), outputs = lean.embed.weight.shape, len(lean.head.weight)
+        blocks = np.zeros((len(layers), FIELDS), np.int64)
+        weights = np.array(found[:-6], np.int64).reshape(len(layers), -1, 2)
+        blocks[:, : 2 * len(LINEARS)] = weights[:, : len(LINEARS)].reshape(len(layers), -1)
+        blocks[:, 2 * len(LINEARS) : -3] = weights[:, len(LINEARS) :, 0]
+        embed, _, norm, _, head, bias = found[-6:]
+        return FewModel(
+            ends=np.array([embed, 0, norm, head, bias, vocab, outputs], np.int64),
+            blocks=blocks,
+            windows=[layer.window for layer in layers],
+            sizes=(width, widths.pop(), heads.pop(), key.shape[1], dim),
+            outputs=outputs,
+            turn=float(getattr(lean.rotary, "attention_scaling", 1.0)),
+            scale=lean.scale,
+            eps=eps.pop(),
+        )
+
+    def model(self, lean: LeanForward) -> FewModel:
+        """What the op takes of the forward and its pages; `fit` has said that it serves."""
+        model, frequencies = self._model, _frequencies(lean.rotary)
+        for index in range(len(lean.layers)):
+            pages = lean.store.keys[index], lean.store.values[index]
+            model.blocks[index, -3:-1] = pages[0].data_ptr(), pages[1].data_ptr()
+        model.ends[FREQUENCIES] = 0 if frequencies is None else frequencies.data_ptr()
+        return model
 
     def __call__(self, lean: LeanForward, plan: StepPlan) -> torch.Tensor:
         """As `LeanForward`; `fit` has said so."""
-        hidden = F.embedding(plan.token_ids, lean.embed.weight)
-        rotation = lean.between.rotation(*(part[0] for part in lean.rotary(hidden[None], plan.positions[None])))
-        for index in range(len(lean.layers)):
-            pages = lean.store.keys[index], lean.store.values[index]
-            self._table[index, -3:-1] = pages[0].data_ptr(), pages[1].data_ptr()
-        windows = [layer.window for layer in lean.layers]
-        self.ops(hidden, self._table, windows, plan.rows, rotation, self._sizes, lean.scale, self._eps)
-        if len(plan.logits_at) < plan.tokens:
-            hidden = hidden[plan.logits_at]
-        return lean.few.linear(lean.between.rms_norm(hidden, lean.norm), lean.head)
+        model, rotation = self.model(lean), None
+        if not model.ends[FREQUENCIES]:
+            hidden = lean.embed.weight[None, :1]  # for its dtype and device
+            rotation = lean.between.rotation(*(part[0] for part in lean.rotary(hidden, plan.positions[None])))
+        return self.op(model, plan.token_ids, plan.positions, plan.logits_at, plan.rows, rotation)
+
+
+def _frequencies(rotary: nn.Module) -> torch.Tensor | None:
+    """Angles a place of a rotation that is the same for texts of any length; None where the module must be asked."""
+    kind, found = getattr(rotary, "rope_type", "dynamic"), rotary._buffers.get("inv_freq")
+    steady = "dynamic" not in kind and kind != "longrope" and found is not None
+    return found if steady and found.dtype == torch.float32 and found.is_contiguous() else None

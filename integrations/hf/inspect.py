@@ -12,6 +12,7 @@ from torch import nn
 from hf_paged.integrations.attention import CannotDrive, Evaluation, ModuleForward, switch_lock
 from hf_paged.integrations.compiled import CompiledCall
 from hf_paged.integrations.lean import LeanForward
+from hf_paged.kernels.native_blocks import FewModel
 from hf_paged.memory import Memory
 from hf_paged.plan import PlanRow, build_plan
 from hf_paged.store import KVStore, LayerShape
@@ -129,6 +130,10 @@ class PagedForward:
     def logits(self, plan) -> torch.Tensor:
         """Logits in a dtype that may be the model's own."""
         return self.run.logits(plan) if isinstance(self.run, LeanForward) else self.run(plan)
+
+    def few_model(self) -> FewModel | None:
+        """See `LeanForward.few_model`."""
+        return self.run.few_model() if isinstance(self.run, LeanForward) else None
 
 
 def _check_windows(config: Any, windows: dict[int, int | None]) -> None:

@@ -18,6 +18,7 @@ from hf_paged.integrations.few import FewLines
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
 from hf_paged.integrations.modules import modules_of, parameters_of
 from hf_paged.kernels import paged_attention
+from hf_paged.kernels.native_blocks import FewModel
 from hf_paged.kernels.native_products import FEW
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
@@ -154,6 +155,10 @@ class LeanForward:
             normed = self.between.rms_norm(hidden, layer.mlp_norm)
             hidden = ops.add(ops.gated(normed, layer.mlp), layer.mlp.down_proj, hidden)
         return ops.linear(self.between.rms_norm(hidden, self.norm), self.head)[:wanted]
+
+    def few_model(self) -> FewModel | None:
+        """What compiled ops over a few lines take, as long as no weight changes; None where they do not serve."""
+        return self.blocks.model(self) if self.blocks is not None and self.blocks.fit(self) else None
 
     def _products(self, lines: int) -> tuple[TorchLinear, int]:
         """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are

@@ -42,6 +42,8 @@ class Groups:
 
 def build_groups(rows: PagedRows) -> Groups | None:
     """The groups of a step, or None where nothing is shared."""
+    if len(rows.query_lens) == 1 and len(rows.slots) < LEAST_QUERIES:
+        return None
     first = rows.page_table[:, 0].tolist()
     # Prompts' chunks that are groups by themselves.
     chunks = (rows.query_lens >= LEAST_QUERIES) & (rows.context_lens >= LEAST_CAUSAL)

@@ -1,4 +1,4 @@
-"""Whole decoder blocks over a few lines in one compiled call: `csrc/blocks.c`. Optional.
+"""A whole forward over a few lines in one compiled call: `csrc/blocks.c`. Optional.
 
 For a request alone, the calls from Python to a forward's ops take longer than the ops.
 """
@@ -6,6 +6,7 @@ For a request alone, the calls from Python to a forward's ops take longer than t
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,47 +21,72 @@ _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NORMS = ("norm", "mlp_norm", "q_norm", "k_norm")
 FIELDS = 2 * len(LINEARS) + len(NORMS) + 3
+FREQUENCIES = 1  # the field of `ends` for angles a place of the rotation; 0: they are given with the lines
 
 
-class BlockOps:
-    """Pre-norm blocks of rotary attention and gated MLP; all tensors float32 on the CPU, contiguous."""
+@dataclass(frozen=True, eq=False)
+class FewModel:
+    """A model of pre-norm blocks of rotary attention and gated MLP; all tensors float32 on the CPU, contiguous.
+
+    Attributes:
+        ends: int64, the fields of `ends` in `blocks.c`.
+        blocks: int64 `[blocks, FIELDS]`, addresses, but for what is seen. windows: of each block.
+        sizes: width, that of the MLP, heads, KV heads, head_dim. outputs: logits a line.
+        turn: factor of cosines and sines, where `ends` names frequencies.
+        scale: of products of queries and keys. eps: of all norms.
+    """
+
+    ends: np.ndarray
+    blocks: np.ndarray
+    windows: list[int | None]
+    sizes: tuple[int, int, int, int, int]
+    outputs: int
+    turn: float
+    scale: float
+    eps: float
+
+
+class ForwardOp:
+    """Tokens to logits."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._run = library.few_blocks
-        self._run.argtypes = [_P, _P, _I] + [_P] * 5 + [_F, _F]
+        self._run = library.few_forward
+        self._run.argtypes = [_P, _P, _P, _I, _P, _P, _P, _P, _F, _F, _F]
 
     def __call__(
         self,
-        hidden: torch.Tensor,
-        blocks: np.ndarray,
-        windows: list[int | None],
+        model: FewModel,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logits_at: torch.Tensor,
         rows: PagedRows,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        sizes: tuple[int, int, int, int],
-        scale: float,
-        eps: float,
-    ) -> None:
-        """`hidden` `[lines, width]` becomes what leaves the blocks; KV of its tokens is stored in `rows.slots`.
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Logits `[len(logits_at), outputs]`; KV of the tokens is stored in `rows.slots`.
 
         Args:
-            blocks: int64 `[blocks, FIELDS]`, addresses, but for what is seen. windows: of each block.
-            rows: of the step; every line is a query of it.
-            rotation: cosines and sines `[lines, head_dim]`.
-            sizes: width of the MLP, heads, KV heads, head_dim.
-            scale: of products of queries and keys. eps: of all norms.
+            token_ids, positions: int64 `[tokens]`. logits_at: int64, tokens whose logits are wanted.
+            rows: of the step; every token is a query of it.
+            rotation: cosines and sines `[tokens, head_dim]`; None where `model` names frequencies.
 
         Raises:
+            IndexError: a token that the model does not have.
             MemoryError: there was none for the lines' numbers on their way.
         """
-        sights = {window: _sight(rows, window) for window in set(windows)}
-        blocks[:, -1] = [address(sights[window]) for window in windows]
-        table = rows.page_table
-        shape = np.array([*hidden.shape, *sizes, rows.page_size, table.shape[1]], np.int64)
-        cos, sin = rotation
-        tensors = cos.data_ptr(), sin.data_ptr(), rows.slots.data_ptr()
-        at = address(blocks), len(blocks), address(shape)
-        if self._run(hidden.data_ptr(), *at, *tensors, address(table), scale, eps):
-            raise MemoryError(f"no memory for {len(hidden)} lines of {hidden.shape[1]} numbers")
+        sights = {window: _sight(rows, window) for window in set(model.windows)}
+        model.blocks[:, -1] = [address(sights[window]) for window in model.windows]
+        table, out = rows.page_table, torch.empty(len(logits_at), model.outputs)
+        shape = np.array([len(token_ids), *model.sizes, rows.page_size, table.shape[1]], np.int64)
+        tensors = token_ids.data_ptr(), positions.data_ptr(), rows.slots.data_ptr()
+        inputs = np.array([*tensors, address(table), logits_at.data_ptr(), len(logits_at)], np.int64)
+        cos, sin = (None, None) if rotation is None else (part.data_ptr() for part in rotation)
+        at = address(model.ends), address(model.blocks), len(model.blocks), address(shape), address(inputs)
+        failed = self._run(out.data_ptr(), *at, cos, sin, model.turn, model.scale, model.eps)
+        if failed == 2:
+            raise IndexError(f"a token of {token_ids.tolist()} is none of the model's")
+        if failed:
+            raise MemoryError(f"no memory for {len(token_ids)} lines of {model.sizes[0]} numbers")
+        return out
 
 
 def _sight(rows: PagedRows, window: int | None) -> np.ndarray:
@@ -78,7 +104,7 @@ def _sight(rows: PagedRows, window: int | None) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def block_ops() -> BlockOps | None:
-    """The compiled ops, or None where there are none."""
+def forward_op() -> ForwardOp | None:
+    """The compiled op, or None where there is none."""
     ops = native_ops()
-    return None if ops is None else BlockOps(ops.library)
+    return None if ops is None else ForwardOp(ops.library)

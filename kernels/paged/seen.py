@@ -33,6 +33,8 @@ class Seen:
 
 def build_seen(rows: PagedRows, window: int | None) -> Seen:
     """What each query of the step sees."""
+    if rows.tree is None and window is None and rows.num_decodes == len(rows.query_lens):  # most steps are such
+        return Seen(np.arange(rows.num_decodes), rows.context_lens)
     line_of = np.repeat(np.arange(len(rows.query_lens)), rows.query_lens)
     ends = np.cumsum(rows.query_lens)
     context = (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)

@@ -20,3 +20,6 @@ void few_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64
                 const float *weight_c, const float *bias_c, int64_t rows_c);
 void few_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *gate, const float *gate_bias,
                const float *up, const float *up_bias, int64_t rows);
+int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores, int64_t line, int64_t rows, int64_t vocab,
+                  const float *temperature, const float *limit, const float *min_p, const int64_t *top_k, const int64_t *seeds,
+                  const int64_t *positions);

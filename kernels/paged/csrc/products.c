@@ -19,8 +19,9 @@ INLINE void dots(float *sums, const float *const *w, const float *const *x, int6
     for (; i + LANES <= in; i += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const lanes weight = *(const lanes *)(w[r] + i);
-            __builtin_prefetch(w[r] + ahead + (i >> slow), 0, 3);
+            lanes weight = *(const lanes *)(w[r] + i);
+            HELD(weight);
+            __builtin_prefetch(w[r] + ahead + (i >> slow), 0, 2); /* to the second level: the first has too few places */
 #pragma GCC unroll 4
             for (int m = 0; m < lines; m++) part[r * lines + m] += weight * *(const lanes *)(x[m] + i);
         }

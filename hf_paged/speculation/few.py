@@ -1,0 +1,87 @@
+"""Drafts of a model's forwards over a few lines by a compiled op, without plans or logits: see `native_drafts.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_paged.filters import draw_arrays
+from hf_paged.kernels.native_blocks import FREQUENCIES, FewModel
+from hf_paged.kernels.native_drafts import Chosen, Line, NativeDrafts
+from hf_paged.kernels.native_products import FEW
+from hf_paged.kernels.rows import ALL
+from hf_paged.penalties import is_touched
+from hf_paged.plan import StepPlan, page_table
+from hf_paged.speculation.proposal import MOST_NODES, tree_places
+
+if TYPE_CHECKING:
+    from hf_paged.speculation.draft_model import Tree
+
+
+class FewDrafts:
+    """The drafts of one step, for `trees` whose rows draw from what their draft model says as it is.
+
+    Args:
+        model: what the op takes of the draft model.
+        most: tokens of one forward.
+    """
+
+    def __init__(self, model: FewModel, trees: Sequence[Tree], page_size: int, most: int) -> None:
+        rows = [tree.planned.row.sampling for tree in trees]
+        self.most, self._size = min(most, FEW), page_size
+        self._op = NativeDrafts(model, page_size, draw_arrays([(row.params, row.seed, row.position) for row in rows]))
+        self._trees, self._number = trees, {tree: number for number, tree in enumerate(trees)}
+
+    @classmethod
+    def begin(
+        cls, forward: Callable[[StepPlan], torch.Tensor], trees: Sequence[Tree], page_size: int, most: int
+    ) -> FewDrafts | None:
+        """Drafts of `forward`, or None where it has no such op, or a row wants something done to logits."""
+        few_model = getattr(forward, "few_model", None)
+        rows = [tree.planned.row.sampling for tree in trees]
+        if few_model is None or len(trees) > FEW:
+            return None
+        if any((row.pipeline is not None and row.pipeline.drafting) or is_touched(row) for row in rows):
+            return None
+        model = few_model()
+        if model is None or not model.ends[FREQUENCIES]:
+            return None
+        longest = max(tree.planned.sequence.computed for tree in trees) + 1 + MOST_NODES
+        if any(window is not None and window < longest for window in model.windows):
+            return None
+        return cls(model, trees, page_size, most)
+
+    def behind_known(self, known: Sequence[int], width: int) -> Chosen:
+        """What comes behind the last token of every row, of which so many tokens are known; the others are computed."""
+        lines, wanted = [], []
+        for number, (tree, begin) in enumerate(zip(self._trees, known, strict=True)):
+            sequence = tree.planned.sequence
+            for place in range(begin, sequence.computed + 1):
+                lines.append(self._line(number, sequence.tokens[place], place, place, ALL))
+            wanted.append(len(lines) - 1)
+        return self._chosen(lines, wanted, 0, width)
+
+    def behind_frontier(self, trees: Sequence[Tree], depth: int, width: int) -> Chosen:
+        """What comes behind the frontiers of `trees`, at `depth`."""
+        lines: list[Line] = []
+        for tree in trees:
+            first, count = tree.fed, len(tree.frontier)
+            start, number = tree.planned.sequence.computed + 1, self._number[tree]
+            places, visible = range(start, start + first + count), [ALL] * (first + count)
+            if tree.branches:
+                places, visible = (part[1:] for part in tree_places(tree.parents, start - 1))
+            for node in range(first, first + count):
+                lines.append(self._line(number, tree.tokens[node], places[node], start + node, visible[node]))
+            tree.fed = first + count
+        return self._chosen(lines, range(len(lines)), depth - 1, width)
+
+    def _line(self, number: int, token: int, position: int, place: int, visible: int) -> Line:
+        sequence, size = self._trees[number].planned.sequence, self._size
+        slot = sequence.pages[place // size] * size + place % size
+        return token, position, slot, number, place + 1, visible, sequence.computed
+
+    def _chosen(self, lines: Sequence[Line], wanted: Sequence[int], ahead: int, width: int) -> Chosen:
+        table = page_table([tree.planned.sequence for tree in self._trees])
+        return self._op(lines, wanted, table, ahead, width)

@@ -1,0 +1,81 @@
+"""Drafts on a CPU: a forward over a few lines and the choice behind it in one call, `few_drafts` of `csrc/blocks.c`.
+
+A small model computes a line in less time than Python needs to say which: what stays the same over the forwards of one
+step is said once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from hf_paged.kernels.native import address, native_ops
+from hf_paged.kernels.native_blocks import FewModel
+from hf_paged.kernels.native_products import FEW
+
+_I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+IDS, POSITIONS, SLOTS, LINE_OF, CONTEXT, VISIBLE, BASE = range(7)  # fields of a line
+
+# A line: token, place in its text, slot, row of the page table, how many slots it sees, and what `TreeMask` says.
+Line = tuple[int, int, int, int, int, int, int]
+Chosen = tuple[list[list[int]], list[list[float]]]  # tokens and odds of each line, best first
+
+
+class NativeDrafts:
+    """The likeliest tokens behind lines of a few rows.
+
+    Args:
+        model: whose weights do not change as long as this is used; it must name frequencies.
+        page_size: of its pages.
+        parameters: an entry a row, as `SamplingOps` takes them.
+    """
+
+    def __init__(self, model: FewModel, page_size: int, parameters: tuple[np.ndarray, ...]) -> None:
+        self.model, self._parameters = model, parameters
+        self._lines = np.zeros((7, FEW), np.int64)
+        self._wanted = np.zeros(FEW, np.int64)
+        at = [address(self._lines) + self._lines.strides[0] * field for field in range(7)]
+        self._sight = np.array([0, at[LINE_OF], at[CONTEXT], 0, at[VISIBLE], at[BASE]], np.int64)
+        self._inputs = np.array([at[IDS], at[POSITIONS], at[SLOTS], 0, address(self._wanted), 0], np.int64)
+        self._shape = np.array([0, *model.sizes, page_size, 0], np.int64)
+        self._settings = np.array([address(part) for part in parameters], np.int64)
+        self._run = _few_drafts()
+        arrays = address(model.ends), address(model.blocks), len(model.blocks), address(self._shape)
+        self._at = *arrays, address(self._inputs), None, None, model.turn, model.scale, model.eps
+        self._sight_at, self._settings_at = address(self._sight), address(self._settings)
+
+    def __call__(
+        self, lines: Sequence[Line], wanted: Sequence[int], table: np.ndarray, ahead: int, width: int
+    ) -> Chosen:
+        """What `SamplingOps.likely` says of the wanted lines; KV of all is stored.
+
+        Args:
+            lines: at most `FEW`. wanted: their indices.
+            table: int64 `[rows, pages]`.
+            ahead: tokens that the wanted lines stand behind those whose places the parameters name.
+        """
+        count, n = len(lines), len(wanted)
+        self._lines[:, :count] = np.array(lines, np.int64).T
+        self._wanted[:n] = wanted
+        self._shape[0], self._shape[-1] = count, table.shape[1]
+        self._inputs[3], self._inputs[5] = address(table), n
+        self.model.blocks[:, -1] = self._sight_at
+        tokens, odds = np.empty((n, width), np.int64), np.empty((n, width), np.float32)
+        failed = self._run(address(tokens), address(odds), width, self._settings_at, ahead, *self._at)
+        if failed:
+            raise MemoryError(f"no memory for {count} lines of {self.model.sizes[0]} numbers")
+        found = tokens.tolist(), odds.tolist()
+        if found[0] and min(map(min, found[0])) < 0:  # fewer are allowed
+            counts = [sum(token >= 0 for token in row) for row in found[0]]
+            found = tuple([row[:kept] for row, kept in zip(part, counts, strict=True)] for part in found)
+        return found
+
+
+@lru_cache(maxsize=1)
+def _few_drafts() -> ctypes._CFuncPtr:
+    run = native_ops().library.few_drafts
+    run.argtypes = [_P, _P, _I, _P, _I, _P, _P, _I, _P, _P, _P, _P, _F, _F, _F]
+    return run
