@@ -15,7 +15,7 @@ from hf_paged.memory import PageCopy
 from hf_paged.plan import PlanRow, Span, StepPlan
 from hf_paged.sequence import Sequence
 from hf_paged.speculation.choose import Chosen, choose
-from hf_paged.speculation.drafter import Drafter, kind_of
+from hf_paged.speculation.drafter import Drafter, kind_of, likelihood
 from hf_paged.speculation.few import FewDrafts
 from hf_paged.speculation.guide import Guide
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict, tree_places
@@ -24,7 +24,8 @@ from hf_paged.store import KVStore
 
 @dataclass(eq=False)
 class Tree:
-    """Drafts of one row in the making. Frontier: those whose children come next, -1 for the row's last token."""
+    """Drafts of one row in the making. Frontier: those whose children come next, one after another; -1 for the row's
+    last token. `fed`: those whose KV the draft model has computed."""
 
     planned: PlanRow
     deepest: int
@@ -34,7 +35,7 @@ class Tree:
     odds: list[float] = field(default_factory=list)
     reach: list[float] = field(default_factory=list)
     frontier: list[int] = field(default_factory=lambda: [-1])
-    fed: int = 0
+    fed: set[int] = field(default_factory=set)
 
     @property
     def branches(self) -> bool:
@@ -132,8 +133,9 @@ class DraftModel(Drafter):
             return
         known = [self.known(tree.planned) for tree in trees]
         lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
-        with self._timed(guide, lag):
+        with self._timed(guide):
             few = FewDrafts.begin(self.forward, trees, self.page_size, self.most)
+        with self._timed(guide, lag):
             if few is not None and lag <= few.most:
                 chosen = few.behind_known(known, guide.width)
             else:
@@ -144,8 +146,12 @@ class DraftModel(Drafter):
         for depth in range(2, deepest + 1):
             growing = [tree for tree in trees if tree.frontier and depth <= tree.deepest]
             growing = [tree for tree in growing if reserve(tree.planned, len(tree.tokens))]
+            least = guide.least_before(depth)
+            for tree in growing:
+                tree.frontier = [node for node in tree.frontier if tree.reach[node] >= least]
+            growing = [tree for tree in growing if tree.frontier]
             reaches = [tree.reach[node] for tree in growing for node in tree.frontier]
-            if not guide.goes_on(depth, reaches, len(reaches), deepest):
+            if not guide.goes_on(depth, reaches, deepest):
                 return
             with self._timed(guide, len(reaches)):
                 if few is not None and len(reaches) <= few.most:
@@ -180,14 +186,14 @@ class DraftModel(Drafter):
         """Logits behind the frontier of each tree."""
         rows = []
         for tree in trees:
-            computed, first, count = tree.planned.sequence.computed, tree.fed, len(tree.frontier)
+            computed, first, count = tree.planned.sequence.computed, tree.frontier[0], len(tree.frontier)
             span = Span(tuple(tree.tokens[first : first + count]), computed + 1 + first, computed)
             if tree.branches:
                 positions, visible = tree_places(tree.parents, computed)
                 own = slice(first + 1, first + 1 + count)
                 span = Span(span.token_ids, span.first, computed, positions[own], visible[own])
             rows.append(PlanRow(tree, tree.planned.sequence, count, count, span))
-            tree.fed = first + count
+            tree.fed.update(tree.frontier)
         return self._run(rows)
 
     def _extend(self, trees: list[Tree], chosen: Chosen, guide: Guide, depth: int) -> None:
@@ -197,12 +203,12 @@ class DraftModel(Drafter):
             grown = []
             for node in tree.frontier:
                 reach = tree.reach[node] if node >= 0 else 1.0
-                for token, prob in zip(tokens[at], probs[at], strict=True):
+                for rank, (token, prob) in enumerate(zip(tokens[at], probs[at], strict=True)):
                     if isnan(prob):
                         raise FloatingPointError("the draft model's logits hold NaN")
                     if prob >= guide.threshold:
-                        kind = kind_of(prob)
-                        odds = guide.odds(tree.planned, kind, depth, prob)
+                        kind = kind_of(prob, rank)
+                        odds = guide.odds(tree.planned, kind, depth, likelihood(prob, rank))
                         grown.append((reach * odds, node, token, kind, odds))
                 at += 1
             grown.sort(key=lambda entry: -entry[0])
@@ -217,9 +223,7 @@ class DraftModel(Drafter):
             tree.kinds.append(kind)
             tree.odds.append(odds)
             tree.reach.append(reach)
-        if guide.ledger is not None:
-            guide.ledger.nodes += len(grown)
-            guide.ledger.reach += sum(entry[0] for entry in grown)
+        guide.add([entry[0] for entry in grown])
 
     def settle(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
         """Drafts that were taken and lie in their places are known; `computed` tokens of the row were, before."""
@@ -227,7 +231,7 @@ class DraftModel(Drafter):
             return
         tree, known = self._trees.get(planned.sequence), computed + 1
         for place, node in enumerate(verdict.path):
-            if tree is None or verdict.proposal.origin[node] != place or place >= tree.fed:
+            if tree is None or verdict.proposal.origin[node] != place or place not in tree.fed:
                 break
             known += 1
         self._mark(planned, computed + 1, known)

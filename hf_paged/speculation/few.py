@@ -67,14 +67,13 @@ class FewDrafts:
         """What comes behind the frontiers of `trees`, at `depth`."""
         lines: list[Line] = []
         for tree in trees:
-            first, count = tree.fed, len(tree.frontier)
             start, number = tree.planned.sequence.computed + 1, self._number[tree]
-            places, visible = range(start, start + first + count), [ALL] * (first + count)
+            places, visible = range(start, start + len(tree.tokens)), [ALL] * len(tree.tokens)
             if tree.branches:
                 places, visible = (part[1:] for part in tree_places(tree.parents, start - 1))
-            for node in range(first, first + count):
+            for node in tree.frontier:
                 lines.append(self._line(number, tree.tokens[node], places[node], start + node, visible[node]))
-            tree.fed = first + count
+            tree.fed.update(tree.frontier)
         return self._chosen(lines, range(len(lines)), depth - 1, width)
 
     def _line(self, number: int, token: int, position: int, place: int, visible: int) -> Line:

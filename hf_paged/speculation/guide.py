@@ -48,42 +48,48 @@ class Ledger:
     """One step's expectations. `tokens` are computed and `drawn` rows draw without any drafts.
 
     Attributes:
-        reach: sum over the drafts that are planned. nodes: how many they are. spent: seconds of drafting so far.
+        reaches: of the drafts that a model has made so far. spent: seconds of drafting so far.
     """
 
     cost: CostTable
     overhead: Overhead
     tokens: int
     drawn: int
-    reach: float = 0.0
-    nodes: int = 0
+    reaches: list[float] = field(default_factory=list)
     spent: float = 0.0
+    _seconds: list[float] = field(default_factory=list)
 
-    def rate(self, reach: float = 0.0, nodes: int = 0, seconds: float = 0.0) -> float:
-        """Tokens a second with so many drafts more."""
-        nodes += self.nodes
-        whole = self.cost.seconds(self.tokens + nodes) + self.overhead.seconds(nodes)
-        return (self.drawn + self.reach + reach) / (whole + self.spent + seconds + 1e-9)
+    def seconds(self, nodes: int) -> float:
+        """Of the target's part of a step with so many drafts."""
+        while len(self._seconds) <= nodes:
+            n = len(self._seconds)
+            self._seconds.append(self.cost.seconds(self.tokens + n) + self.overhead.seconds(n) + 1e-9)
+        return self._seconds[nodes]
 
     def plain(self) -> float:
         """Tokens a second without drafts."""
-        return self.drawn / (self.cost.seconds(self.tokens) + self.overhead.seconds(0) + 1e-9)
+        return self.drawn / self.seconds(0)
 
-    def worth(self) -> float:
-        """Least reach of a single draft that raises the rate."""
-        step = self.cost.seconds(self.tokens + self.nodes + 4) - self.cost.seconds(self.tokens + self.nodes)
-        return (step / 4 + NODE) * self.rate()
+    def best(self, reaches: Sequence[float], seconds: float = 0.0) -> tuple[float, int]:
+        """How many of `reaches`, the largest first, to verify, and tokens a second then.
 
-    def choose(self, reaches: Sequence[float]) -> int:
-        """How many of `reaches`, the largest first, to verify."""
-        best, count, total = self.rate() * MARGIN, 0, 0.0
+        Args:
+            seconds: of drafting that is yet to be done.
+        """
+        spent, total = self.spent + seconds, float(self.drawn)
+        best, count = MARGIN * total / (self.seconds(0) + spent), 0
         for n, reach in enumerate(reaches, 1):
             total += reach
             if n <= 16 or n % 4 == 0 or n == len(reaches):
-                rate = self.rate(total, n)
+                rate = total / (self.seconds(n) + spent)
                 if rate > best:
                     best, count = rate, n
-        return count
+        return best, count
+
+    def worth(self) -> float:
+        """Least reach of a single draft that raises the rate."""
+        rate, count = self.best(sorted(self.reaches, reverse=True))
+        return (self.seconds(count + 4) - self.seconds(count)) / 4 * rate
 
 
 @dataclass(eq=False)
@@ -112,22 +118,29 @@ class Guide:
         """Drafts that are reached more rarely are not worth their place in the forward."""
         return self.ledger.worth() if self.ledger is not None else 0.0
 
-    def goes_on(self, depth: int, reaches: Sequence[float], nodes: int, deepest: int) -> bool:
-        """Whether drafts at `depth`, 2 or more, are to be made behind drafts of these reaches. (See `Trial` for 1.)
+    def add(self, reaches: Sequence[float]) -> None:
+        """Drafts of these reaches were made."""
+        if self.ledger is not None:
+            self.ledger.reaches += reaches
 
-        Args:
-            nodes: tokens that the draft model must compute for it.
-        """
+    def least_before(self, depth: int) -> float:
+        """Drafts that are reached more rarely are not worth that one at `depth` is made behind them."""
+        return self.least() / self.acceptance.any_odds(self.source, depth)
+
+    def goes_on(self, depth: int, reaches: Sequence[float], deepest: int) -> bool:
+        """Whether drafts at `depth`, 2 or more, are to be made behind drafts of these reaches. (See `Trial` for 1.)"""
         if not reaches:
             return False
         if self.ledger is None:
             return True
-        now = self.ledger.rate()
-        gain, seconds, added, reach = 0.0, 0.0, 0, sum(reaches)
+        made = sorted(self.ledger.reaches, reverse=True)
+        now, _ = self.ledger.best(made)
+        seconds, ahead = 0.0, list(reaches)
         for further in range(depth, min(depth + AHEAD, deepest + 1)):
-            seconds += self.draft_cost.seconds(nodes if further == depth else len(reaches))
-            reach *= self.acceptance.any_odds(self.source, further)
-            gain, added = gain + reach, added + len(reaches)
-            if self.ledger.rate(gain, added, seconds) > now:
+            seconds += self.draft_cost.seconds(len(reaches))
+            odds = self.acceptance.any_odds(self.source, further)
+            ahead = [reach * odds for reach in ahead]
+            made = sorted(made + ahead, reverse=True)
+            if self.ledger.best(made, seconds)[0] > now:
                 return True
         return False

@@ -200,12 +200,9 @@ class Speculator:
             for index, reach in enumerate(proposal.reach()[:MOST_NODES])
         ]
         nodes.sort(key=lambda node: (-node[0], -node[1]))
-        if ledger is None:
-            count = budget
-        else:
-            ledger.nodes, ledger.reach = 0, 0.0
-            count = min(ledger.choose([reach for reach, _, _ in nodes]), budget)
-        self._reach = sum(reach for reach, _, _ in nodes[:count])
+        reaches = [reach for reach, _, _ in nodes]
+        count = budget if ledger is None else min(ledger.best(reaches)[1], budget)
+        self._reach = sum(reaches[:count])
         chosen: dict[PlanRow, list[int]] = {}
         for _, index, planned in nodes[:count]:
             chosen.setdefault(planned, []).append(-index)

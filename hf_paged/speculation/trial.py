@@ -15,7 +15,7 @@ from statistics import median
 
 TRIED = 6  # steps of a trial
 LEAST = 4  # of these, steps that were like others: else it goes on
-SHORT, LONG = 12, 768  # steps between trials: more as long as the same turns out to be faster
+SHORT, LONG = 12, 384  # steps between trials: more as long as the same turns out to be faster
 KEPT = 48  # steps of a kind that count
 MARGIN = 1.05  # what drafting must gain: the draft model has prompts to read, too, which trials do not show
 STUMBLE = 2.5  # a step counts as so many times the usual one at most

@@ -18,7 +18,7 @@ import torch
 from hf_paged.memory import Memory, OutOfPages
 from hf_paged.plan import PlanRow, StepPlan
 from hf_paged.sequence import Sequence
-from hf_paged.speculation.drafter import KINDS, Drafter, kind_of
+from hf_paged.speculation.drafter import KINDS, Drafter, kind_of, likelihood
 from hf_paged.speculation.guide import Guide
 from hf_paged.speculation.mirror import Mirror, Vocabulary
 from hf_paged.speculation.proposal import MOST_NODES, Proposal
@@ -141,7 +141,7 @@ class UniversalDraft(Drafter):
                 self._extend(chains, self._compute(chains), guide, depth)
             depth += 1
             chains = [chain for chain in chains if depth <= chain.most and self._room(chain.sequence)]
-            if not guide.goes_on(depth, [chain.reach for chain in chains], len(chains), deepest):
+            if not guide.goes_on(depth, [chain.reach for chain in chains], deepest):
                 return
 
     def _compute(self, chains: list[Chain]) -> torch.Tensor:
@@ -163,7 +163,7 @@ class UniversalDraft(Drafter):
         for chain, prob, token in zip(chains, probs.tolist(), ids.tolist(), strict=True):
             if isnan(prob):
                 raise FloatingPointError("the draft model's logits hold NaN")
-            reach = chain.reach * guide.odds(chain.planned, kind_of(prob), depth, prob)
+            reach = chain.reach * guide.odds(chain.planned, kind_of(prob), depth, likelihood(prob))
             if prob < guide.threshold or reach < least:
                 chain.most = 0
                 continue
@@ -172,9 +172,7 @@ class UniversalDraft(Drafter):
             chain.reach = reach
             if token in self.draft.closing:
                 chain.most = 0
-            if guide.ledger is not None:
-                guide.ledger.nodes += 1
-                guide.ledger.reach += reach
+            guide.add([reach])
 
     def _proposal(self, chain: Chain, guide: Guide) -> Proposal | None:
         """What a chain says, in the target's tokens. Each has the probability of its share of the chain."""
@@ -188,7 +186,7 @@ class UniversalDraft(Drafter):
             prob = prod(probs[first : max((at + 1) * len(probs) // count, first + 1)])
             # The last one may be the beginning of a longer token: what is seen of such is kept apart.
             kinds.append(kind_of(prob) + KINDS * (at == count - 1 and not ended))
-            odds.append(guide.odds(chain.planned, kinds[-1], at + 1, prob))
+            odds.append(guide.odds(chain.planned, kinds[-1], at + 1, likelihood(prob)))
         if not kinds:
             return None
         parts = (tokens[: len(kinds)], range(-1, len(kinds) - 1), kinds, odds)
