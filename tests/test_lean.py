@@ -11,7 +11,7 @@ from hf_paged import Engine, SamplingParams
 from hf_paged.integrations import few, lean
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear
 from hf_paged.kernels.native import native_ops
-from hf_paged.kernels.native_products import FEW
+from hf_paged.kernels.native_products import FEW, ProductOps
 
 SIZES = dict(
     vocab_size=99,
@@ -42,6 +42,12 @@ def tokens(engine: Engine) -> list[list[int]]:
 def alone(model: torch.nn.Module) -> list[list[int]]:
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+
+
+@pytest.fixture(autouse=True)
+def some_steps_are_long(monkeypatch):
+    """As for models that are not small: steps of more lines take a matrix library's products."""
+    monkeypatch.setattr(ProductOps, "most", lambda self, nbytes: FEW)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch
 from hf_paged.filters import draw_arrays
 from hf_paged.kernels.native_blocks import FREQUENCIES, FewModel
 from hf_paged.kernels.native_drafts import Chosen, Line, NativeDrafts
-from hf_paged.kernels.native_products import FEW
 from hf_paged.kernels.rows import ALL
 from hf_paged.penalties import is_touched
 from hf_paged.plan import StepPlan, page_table
@@ -30,7 +29,7 @@ class FewDrafts:
 
     def __init__(self, model: FewModel, trees: Sequence[Tree], page_size: int, most: int) -> None:
         rows = [tree.planned.row.sampling for tree in trees]
-        self.most, self._size = min(most, FEW), page_size
+        self.most, self._size = min(most, model.most), page_size
         self._op = NativeDrafts(model, page_size, draw_arrays([(row.params, row.seed, row.position) for row in rows]))
         self._trees, self._number = trees, {tree: number for number, tree in enumerate(trees)}
 
@@ -41,12 +40,12 @@ class FewDrafts:
         """Drafts of `forward`, or None where it has no such op, or a row wants something done to logits."""
         few_model = getattr(forward, "few_model", None)
         rows = [tree.planned.row.sampling for tree in trees]
-        if few_model is None or len(trees) > FEW:
+        if few_model is None:
             return None
         if any((row.pipeline is not None and row.pipeline.drafting) or is_touched(row) for row in rows):
             return None
         model = few_model()
-        if model is None or not model.ends[FREQUENCIES]:
+        if model is None or not model.ends[FREQUENCIES] or len(trees) > model.most:
             return None
         longest = max(tree.planned.sequence.computed for tree in trees) + 1 + MOST_NODES
         if any(window is not None and window < longest for window in model.windows):

@@ -57,14 +57,15 @@ class Ledger:
     drawn: int
     reaches: list[float] = field(default_factory=list)
     spent: float = 0.0
-    _seconds: list[float] = field(default_factory=list)
+    _seconds: dict[int, float] = field(default_factory=dict)
 
     def seconds(self, nodes: int) -> float:
         """Of the target's part of a step with so many drafts."""
-        while len(self._seconds) <= nodes:
-            n = len(self._seconds)
-            self._seconds.append(self.cost.seconds(self.tokens + n) + self.overhead.seconds(n) + 1e-9)
-        return self._seconds[nodes]
+        known = self._seconds.get(nodes)
+        if known is None:
+            known = self.cost.seconds(self.tokens + nodes) + self.overhead.seconds(nodes) + 1e-9
+            self._seconds[nodes] = known
+        return known
 
     def plain(self) -> float:
         """Tokens a second without drafts."""

@@ -79,6 +79,7 @@ class FewLines:
             windows=[layer.window for layer in layers],
             sizes=(width, widths.pop(), heads.pop(), key.shape[1], dim),
             outputs=outputs,
+            most=lean.most,
             turn=float(getattr(lean.rotary, "attention_scaling", 1.0)),
             scale=lean.scale,
             eps=eps.pop(),

@@ -19,7 +19,6 @@ from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear
 from hf_paged.integrations.modules import modules_of, parameters_of
 from hf_paged.kernels import paged_attention
 from hf_paged.kernels.native_blocks import FewModel
-from hf_paged.kernels.native_products import FEW
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
@@ -102,6 +101,7 @@ class LeanForward:
         self.head_dim = body.layers[0].self_attn.head_dim
         self.plain = self.ops = linear_backend(self.embed.weight, backend)
         self.few = few_backend(self.embed.weight, backend)
+        self.most = 0  # lines of its
         self.between = elementwise_backend(self.embed.weight, backend)
         # Attention is compiled where what lies between the products is.
         compiled = self.few is not None and backend == "auto" and store.dtype == torch.float32
@@ -125,7 +125,11 @@ class LeanForward:
             return None
         forward = cls(model, store, backend)
         whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim
-        return forward if whole and all(layer.plain() for layer in forward.layers) else None
+        if not whole or not all(layer.plain() for layer in forward.layers):
+            return None
+        if forward.few is not None:
+            forward.most = forward.few.most(forward._weight_bytes())
+        return forward
 
     def __call__(self, plan: StepPlan) -> torch.Tensor:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
@@ -134,7 +138,7 @@ class LeanForward:
     @torch.no_grad()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The same in the model's dtype."""
-        if self.blocks is not None and plan.tokens <= FEW and self.blocks.fit(self):
+        if self.blocks is not None and plan.tokens <= self.most and self.blocks.fit(self):
             return self.blocks(self, plan)
         self._choose_weights(plan.tokens)
         ops, spare = self._products(plan.tokens)
@@ -163,7 +167,7 @@ class LeanForward:
     def _products(self, lines: int) -> tuple[TorchLinear, int]:
         """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are
         rounded up to few numbers."""
-        if self.few is not None and lines <= FEW:
+        if self.few is not None and lines <= self.most:
             return self.few, 0
         return self.ops, _spare(lines) if self.rounds else 0
 
@@ -184,10 +188,12 @@ class LeanForward:
         if isinstance(self.ops, PackedLinear):
             if not self.ops.current():
                 self.ops, self.computed = self.plain, 0
-        elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
-            parts = [part for layer in self.layers for part in layer.parts()]
-            if sum(part.weight.nbytes for part in parts) <= PACK_BYTES:
-                self.ops = self._packed()
+        elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER and self._weight_bytes() <= PACK_BYTES:
+            self.ops = self._packed()
+
+    def _weight_bytes(self) -> int:
+        """Of all blocks' products."""
+        return sum(part.weight.nbytes for layer in self.layers for part in layer.parts())
 
     def _packed(self) -> PackedLinear:
         """The products over packed weights, with those of one input joined where what follows is compiled."""

@@ -120,7 +120,7 @@ class FewLinear(TorchLinear):
     """
 
     def __init__(self, ops: ProductOps) -> None:
-        self._ops = ops
+        self._ops, self.most = ops, ops.most
 
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return self._ops.linear(x, _parameters(layer))

@@ -31,7 +31,7 @@ class FewModel:
     Attributes:
         ends: int64, the fields of `ends` in `blocks.c`.
         blocks: int64 `[blocks, FIELDS]`, addresses, but for what is seen. windows: of each block.
-        sizes: width, that of the MLP, heads, KV heads, head_dim. outputs: logits a line.
+        sizes: width, that of the MLP, heads, KV heads, head_dim. outputs: logits a line. most: lines that pay.
         turn: factor of cosines and sines, where `ends` names frequencies.
         scale: of products of queries and keys. eps: of all norms.
     """
@@ -41,6 +41,7 @@ class FewModel:
     windows: list[int | None]
     sizes: tuple[int, int, int, int, int]
     outputs: int
+    most: int
     turn: float
     scale: float
     eps: float

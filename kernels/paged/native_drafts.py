@@ -14,7 +14,6 @@ import numpy as np
 
 from hf_paged.kernels.native import address, native_ops
 from hf_paged.kernels.native_blocks import FewModel
-from hf_paged.kernels.native_products import FEW
 
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 IDS, POSITIONS, SLOTS, LINE_OF, CONTEXT, VISIBLE, BASE = range(7)  # fields of a line
@@ -35,8 +34,8 @@ class NativeDrafts:
 
     def __init__(self, model: FewModel, page_size: int, parameters: tuple[np.ndarray, ...]) -> None:
         self.model, self._parameters = model, parameters
-        self._lines = np.zeros((7, FEW), np.int64)
-        self._wanted = np.zeros(FEW, np.int64)
+        self._lines = np.zeros((7, model.most), np.int64)
+        self._wanted = np.zeros(model.most, np.int64)
         at = [address(self._lines) + self._lines.strides[0] * field for field in range(7)]
         self._sight = np.array([0, at[LINE_OF], at[CONTEXT], 0, at[VISIBLE], at[BASE]], np.int64)
         self._inputs = np.array([at[IDS], at[POSITIONS], at[SLOTS], 0, address(self._wanted), 0], np.int64)
@@ -53,7 +52,7 @@ class NativeDrafts:
         """What `SamplingOps.likely` says of the wanted lines; KV of all is stored.
 
         Args:
-            lines: at most `FEW`. wanted: their indices.
+            lines: at most `model.most`. wanted: their indices.
             table: int64 `[rows, pages]`.
             ahead: tokens that the wanted lines stand behind those whose places the parameters name.
         """

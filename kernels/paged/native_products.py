@@ -11,17 +11,24 @@ from hf_paged.kernels.native import matrix_lines, native_ops
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 FEW = 12  # lines up to which these beat a matrix library, which wants more of them
+SMALL_BYTES = 64 * 2**20  # weights of a model of whose products a library's calls take a large part
 
 Layer = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in] and bias [out]
 
 
 class ProductOps:
-    """Products of `x` `[lines, in]`, up to `FEW` lines, with weights `[out, in]`; all float32 on the CPU."""
+    """Products of `x` `[lines, in]` with weights `[out, in]`; all float32 on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._linear, self._gated = library.few_linear, library.few_gated
         self._linear.argtypes, self._linear.restype = [_P, _P, _I, _I, _I, _P] + [_P, _P, _I] * 3, None
+        library.vector_lanes.argtypes, library.vector_lanes.restype = [], _I
+        self._lanes = library.vector_lanes()
         self._gated.argtypes, self._gated.restype = [_P, _P, _I, _I, _I] + [_P] * 4 + [_I], None
+
+    def most(self, nbytes: int) -> int:
+        """Lines up to which these are faster, for a model whose weights have so many bytes (measured on two cores)."""
+        return max(FEW, 3 * self._lanes) if nbytes <= SMALL_BYTES else FEW
 
     def linear(self, x: torch.Tensor, *layers: Layer, add: torch.Tensor | None = None) -> torch.Tensor:
         """`x` through up to three layers side by side, `[lines, sum of out]`, plus `add` of that shape."""

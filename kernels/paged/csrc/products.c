@@ -10,6 +10,9 @@ typedef struct {
     int64_t rows;
 } layer;
 
+/* Floats in a register: how many lines pay depends on it. */
+int64_t vector_lanes(void) { return LANES; }
+
 /* sums[r * lines + m]: product of row w[r] and line x[m]; rows * lines = LANES. Fetches what lies `ahead` of the rows, at a
  * pace of 1 / 2^slow: where several passes read the same rows, each fetches its part of those that follow. */
 INLINE void dots(float *sums, const float *const *w, const float *const *x, int64_t in, int64_t ahead, int slow, const int rows,
@@ -52,8 +55,9 @@ enum { STEP = LANES }; /* outputs that a thread computes for all lines before it
 static void any_block(float *sums, const task *t, layer a, int64_t first, int64_t begin, int lines) {
     const float *x = t->x + begin * t->x_line;
     const int64_t left = t->lines - begin;
-    const int slow = t->lines > FEW;
-    const int64_t ahead = STEP * t->in + (slow && begin % (2 * FEW) ? t->in / 2 : 0);
+    const int64_t passes = (t->lines + FEW - 1) / FEW;
+    const int slow = passes > 4 ? 3 : passes > 2 ? 2 : passes > 1;
+    const int64_t ahead = STEP * t->in + begin / FEW % (1 << slow) * (t->in >> slow);
     if (lines == 1) block(sums, a, first, x, t->x_line, left, t->in, ahead, slow, 1);
     else if (lines == 2) block(sums, a, first, x, t->x_line, left, t->in, ahead, slow, 2);
     else block(sums, a, first, x, t->x_line, left, t->in, ahead, slow, 4);
