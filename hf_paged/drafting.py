@@ -160,6 +160,8 @@ class Drafting:
             self.verify_seconds += seconds
         if self._plain:
             self.cost.note(tokens, seconds)
+        else:
+            self.cost.note_prompt(tokens, seconds)
 
     def stepped(self, seconds: float, tokens: int) -> None:
         """Note what the step took in all, and how many tokens it gave."""

@@ -9,6 +9,7 @@ from math import log2
 KEPT = 15  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
 KNOWN = 3  # measurements of a size before they count: one that stumbled would bar it for good
 LATEST = 9  # forwards that say what the machine's pace is now
+LONG = 64  # tokens of a forward whose time a token is that of a large one
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
 
 
@@ -33,6 +34,7 @@ class CostTable:
         self._sizes: list[int] = []
         self._seconds: list[float] = []
         self._notes = 0
+        self._prompts: deque[float] = deque(maxlen=LATEST)  # seconds a token of forwards that read prompts
 
     def __bool__(self) -> bool:
         return bool(self._sizes)
@@ -55,6 +57,11 @@ class CostTable:
         if len(times) < KEPT or self._notes % KEPT == 0:
             self._settle()
 
+    def note_prompt(self, tokens: int, seconds: float) -> None:
+        """Add a forward that read prompts: it says what sizes beyond those that are measured may cost."""
+        if tokens >= LONG:
+            self._prompts.append(seconds / tokens)
+
     def _settle(self) -> None:
         """Seconds in order of size: medians, but the least of a few. A smaller size never costs more than a larger one:
         where noise says so, these share a mean (isotonic regression), in which what was measured often counts more."""
@@ -72,7 +79,8 @@ class CostTable:
     def seconds(self, tokens: float) -> float:
         """What a forward over `tokens` tokens should take now.
 
-        Beyond what was measured a token more costs a twentieth of what one did up to there: what is not known is tried.
+        Beyond what was measured a token more costs what one of a prompt does; where none was read, a twentieth of what
+        one did up to there: what is not known is tried.
         """
         return self._at(tokens) * self._pace if self._sizes and tokens > 0 else 0.0
 
@@ -82,7 +90,8 @@ class CostTable:
         if at < len(sizes) and sizes[at] == tokens:
             return seconds[at]
         if at == len(sizes):
-            return seconds[-1] * (1 + (tokens - sizes[-1]) / sizes[-1] / 20)
+            more = _usual(self._prompts) if self._prompts else seconds[-1] / sizes[-1] / 20
+            return seconds[-1] + (tokens - sizes[-1]) * more
         if at == 0:
             return seconds[0]
         slope = (seconds[at] - seconds[at - 1]) / (sizes[at] - sizes[at - 1])

@@ -13,12 +13,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-TRIED = 6  # steps of a trial
-LEAST = 4  # of these, steps that were like others: else it goes on
-SHORT, LONG = 12, 384  # steps between trials: more as long as the same turns out to be faster
-KEPT = 48  # steps of a kind that count
-MARGIN = 1.05  # what drafting must gain: the draft model has prompts to read, too, which trials do not show
-STUMBLE = 2.5  # a step counts as so many times the usual one at most
+TRIED, FEWER = 6, 3  # steps of a trial; of one with several rows, which say more at a time
+SHORT, LONG, GROWTH = 12, 384, 8  # steps between trials: more as long as the same turns out to be faster
+KEPT = 24  # steps of a kind that count
+MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, which trials do not show
+STUMBLE = 1.5  # a step counts as so many times the usual one at most
 
 
 @dataclass(eq=False)
@@ -26,6 +25,7 @@ class Batch:
     """What is known of batches of one size.
 
     Attributes:
+        tried: steps of a trial; most of them must be like others, else it goes on.
         seen: of the latest steps without and with drafts of the model: tokens over those of a step without any drafts,
             and seconds over its.
         best: whether to draft. trying: whether this phase does the other.
@@ -33,12 +33,13 @@ class Batch:
         noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
     """
 
+    tried: int
     seen: tuple[deque[tuple[float, float]], deque[tuple[float, float]]] = field(
         default_factory=lambda: (deque(maxlen=KEPT), deque(maxlen=KEPT))
     )
     best: bool = False
     trying: bool = False
-    left: int = TRIED
+    left: int = 0
     span: int = SHORT
     noted: int = 0
     fresh: bool = False
@@ -55,16 +56,16 @@ class Batch:
 
     def turn(self) -> None:
         """The next phase."""
-        if self.noted < LEAST:
-            self.left = TRIED
+        if self.noted <= self.tried // 2:
+            self.left = self.tried
             return
         mode = self.mode
         if self.trying:
             best = self.gain() > MARGIN
-            self.span = min(4 * self.span, LONG) if best == self.best else SHORT
+            self.span = min(GROWTH * self.span, LONG) if best == self.best else SHORT
             self.best, self.trying, self.left = best, False, self.span
         else:
-            self.trying, self.left = True, TRIED
+            self.trying, self.left = True, self.tried
         self.noted, self.fresh = 0, self.mode and not mode
 
     def add(self, tokens: float, cost: float) -> None:
@@ -89,7 +90,8 @@ class Trial:
 
     def drafts(self, rows: int) -> bool:
         """Whether the next step drafts, of so many rows."""
-        self._now = batch = self._batches.setdefault(rows.bit_length(), Batch())
+        size = rows.bit_length()
+        self._now = batch = self._batches.setdefault(size, Batch(TRIED if size < 3 else FEWER))
         if not batch.left:
             batch.turn()
         batch.left -= 1
