@@ -172,6 +172,16 @@ def test_trials_on_a_machine_that_stumbles(gain):
     assert np.mean(shares) > 0.9 if gain > 1 else np.mean(shares) < 0.1
 
 
+def test_trials_are_rare_where_catching_up_is_dear():
+    trial, spent = Trial(), 0.0
+    for _ in range(3000):
+        first = not trial.drafts(32)
+        cost = 1.0 if first else 30.0 if trial._now.fresh else 1.5
+        spent += cost
+        trial.note(1.0, cost)
+    assert 3030 < spent < 3100
+
+
 def test_bench_speculation(tmp_path):
     model = save_tiny(tmp_path / "model")
     command = ["bench", "speculation", "--model", model, "--draft", model, "--requests", "2", "--new-tokens", "6"]

@@ -17,6 +17,7 @@ TRIED, FEWER = 6, 3  # steps of a trial; of one with several rows, which say mor
 SHORT, LONG, GROWTH = 12, 384, 8  # steps between trials: more as long as the same turns out to be faster
 KEPT = 24  # steps of a kind that count
 MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, which trials do not show
+PAYING, DEAREST = 50, 40  # steps without drafts for each that the draft model spent on catching up, of at most so many
 STUMBLE = 1.5  # a step counts as so many times the usual one at most
 
 
@@ -31,6 +32,7 @@ class Batch:
         best: whether to draft. trying: whether this phase does the other.
         left: steps of the phase. span: steps between trials.
         noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
+        toll: what that took the last time, in steps without drafts.
     """
 
     tried: int
@@ -43,6 +45,7 @@ class Batch:
     span: int = SHORT
     noted: int = 0
     fresh: bool = False
+    toll: float = 0.0
 
     @property
     def mode(self) -> bool:
@@ -63,7 +66,8 @@ class Batch:
         if self.trying:
             best = self.gain() > MARGIN
             self.span = min(GROWTH * self.span, LONG) if best == self.best else SHORT
-            self.best, self.trying, self.left = best, False, self.span
+            self.best, self.trying = best, False
+            self.left = self.span if best else max(self.span, int(PAYING * min(self.toll, DEAREST)))
         else:
             self.trying, self.left = True, self.tried
         self.noted, self.fresh = 0, self.mode and not mode
@@ -108,6 +112,6 @@ class Trial:
         if batch is None or not cost:
             return
         if batch.fresh:
-            batch.fresh = False
+            batch.fresh, batch.toll = False, cost
         else:
             batch.add(tokens, cost)
