@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged import filters
+from hf_paged.kernels.native_drafts import Chosen
 from hf_paged.noise import gumbel
 from hf_paged.penalties import adjust
 from hf_paged.pipeline import Pipeline, run_pipelines
 from hf_paged.sampling import SamplingRow
-
-Chosen = tuple[list[list[int]], list[list[float]]]  # of each row tokens and their odds, best first
 
 CANDIDATES = 64  # the draft's likeliest tokens, among which noise decides
 
