@@ -14,6 +14,7 @@ import numpy as np
 
 from hf_paged.kernels.native import address, native_ops
 from hf_paged.kernels.native_blocks import FewModel
+from hf_paged.kernels.native_sampling import present
 
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 IDS, POSITIONS, SLOTS, LINE_OF, CONTEXT, VISIBLE, BASE = range(7)  # fields of a line
@@ -66,11 +67,7 @@ class NativeDrafts:
         failed = self._run(address(tokens), address(odds), width, self._settings_at, ahead, *self._at)
         if failed:
             raise MemoryError(f"no memory for {count} lines of {self.model.sizes[0]} numbers")
-        found = tokens.tolist(), odds.tolist()
-        if found[0] and min(map(min, found[0])) < 0:  # fewer are allowed
-            counts = [sum(token >= 0 for token in row) for row in found[0]]
-            found = tuple([row[:kept] for row, kept in zip(part, counts, strict=True)] for part in found)
-        return found
+        return present(tokens, odds)
 
 
 @lru_cache(maxsize=1)

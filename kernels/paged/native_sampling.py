@@ -46,10 +46,15 @@ class SamplingOps:
         failed = self._likely(ids.ctypes.data, probs.ctypes.data, width, *_matrix(scores), *map(_address, parameters))
         if failed:
             raise MemoryError(f"no memory to choose from {vocab} tokens")
-        if ids.min(initial=0) < 0:
-            counts = (ids >= 0).sum(1).tolist()
-            return tuple([row[:n] for row, n in zip(part.tolist(), counts, strict=True)] for part in (ids, probs))
-        return ids.tolist(), probs.tolist()
+        return present(ids, probs)
+
+
+def present(ids: np.ndarray, probs: np.ndarray) -> tuple[list[list[int]], list[list[float]]]:
+    """Both `[rows, width]` as lists, without the missing ones, which stand last in a row and have the id -1."""
+    if ids.min(initial=0) < 0:
+        counts = (ids >= 0).sum(1).tolist()
+        return tuple([row[:n] for row, n in zip(part.tolist(), counts, strict=True)] for part in (ids, probs))
+    return ids.tolist(), probs.tolist()
 
 
 def _matrix(scores: torch.Tensor) -> tuple[int, int, int, int]:
