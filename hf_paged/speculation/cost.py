@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from math import log2
+from dataclasses import dataclass
+from math import exp, inf, log, log2
+from statistics import median
 
-KEPT = 15  # measurements of one size; their median counts, so that a machine that stumbles once changes nothing
 KNOWN = 3  # measurements of a size before they count: one that stumbled would bar it for good
-LATEST = 9  # forwards that say what the machine's pace is now
+FOLLOW = 0.6  # share of what a forward took more or less than expected that is put down to the machine's pace
+SETTLED = 64  # measurements of a size after which a single one moves it as little as it ever will
+STRAY = 0.25  # a measurement counts as so far off at most, in powers of e: a machine stumbles now and then
+LATEST = 9  # prompts that count
 LONG = 64  # tokens of a forward whose time a token is that of a large one
 EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an eighth of an octave
 
 
-def _usual(times: deque[float]) -> float:
-    return min(times) if len(times) < 5 else sorted(times)[len(times) // 2]
+@dataclass(eq=False, slots=True)
+class Size:
+    """Forwards of one size: the logarithm of the seconds that they take at a usual pace, from so many of them."""
+
+    tokens: int
+    count: int = 0
+    level: float = inf
 
 
 class CostTable:
-    """Seconds of a forward over so many tokens: medians where it was measured, straight lines between.
+    """Seconds of a forward over so many tokens: as measured, straight lines between.
 
     A machine that is shared is quicker at one time than at another, and sizes are not measured at the same times. So
-    what is kept is measured against the table itself: how much slower the machine is now than the table has it is what
-    the latest forwards of any size say, and is taken out. A row of forwards of one size says that alone: were its own
-    seconds to follow, too, both would drift, and sizes that are not measured meanwhile would seem dear for good.
+    the logarithm of what a forward takes is its size's level plus the machine's pace, and what it misses by moves both,
+    the pace by far more. While forwards are of one size, its level thus moves by a small share of how far the pace has
+    moved since, however many they are: sizes that are not measured meanwhile do not seem dear or cheap for it. Nor do
+    they where a forward takes longer because the one before was of another size: the next ones take that back.
     """
 
     def __init__(self) -> None:
-        self._ratios: deque[float] = deque(maxlen=LATEST)  # of the latest forwards: seconds over those of the table
-        self._pace = 1.0  # their median
-        self._last = 0
-        self._seen: dict[int, tuple[deque[float], int]] = {}
+        self._pace = 0.0
+        self._seen: dict[int, Size] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
         self._notes = 0
@@ -42,19 +50,20 @@ class CostTable:
     def note(self, tokens: int, seconds: float) -> None:
         """Add a measurement. The first of a size is passed over: much is done there once."""
         bucket = tokens if tokens <= EXACT else EXACT + int(8 * (log2(tokens) - log2(EXACT))) + 1
-        times, seen = self._seen.get(bucket) or (deque(maxlen=KEPT), 0)
-        self._seen[bucket] = times, tokens
-        alone, self._last = bucket == self._last, bucket
-        if not seen:
+        size = self._seen.get(bucket)
+        if size is None:
+            self._seen[bucket] = Size(tokens)
             return
-        if len(times) >= KNOWN:
-            self._ratios.append(seconds / max(self._at(tokens), 1e-9))
-            self._pace = sorted(self._ratios)[len(self._ratios) // 2]
-        if alone and len(times) == KEPT:
-            return
-        times.append(seconds / self._pace)
+        size.tokens, level = tokens, log(max(seconds, 1e-9)) - self._pace
+        if size.count < KNOWN:
+            size.level = min(size.level, level)
+        else:
+            missed = min(max(level - size.level, -STRAY), STRAY)
+            self._pace += FOLLOW * missed
+            size.level += missed / (2 * min(size.count, SETTLED))
+        size.count += 1
         self._notes += 1
-        if len(times) < KEPT or self._notes % KEPT == 0:
+        if size.count < SETTLED or self._notes % SETTLED == 0:
             self._settle()
 
     def note_prompt(self, tokens: int, seconds: float) -> None:
@@ -63,14 +72,16 @@ class CostTable:
             self._prompts.append(seconds / tokens)
 
     def _settle(self) -> None:
-        """Seconds in order of size: medians, but the least of a few. A smaller size never costs more than a larger one:
-        where noise says so, these share a mean (isotonic regression), in which what was measured often counts more."""
-        seen = [entry for entry in self._seen.values() if len(entry[0]) >= KNOWN] or self._seen.values()
-        points = sorted((size, _usual(times), len(times)) for times, size in seen if times)
-        self._sizes = [size for size, _, _ in points]
+        """Seconds in order of size. A smaller size never costs more than a larger one: where noise says so, these share
+        a mean (isotonic regression), in which what was measured often counts more."""
+        seen = [size for size in self._seen.values() if size.count]
+        known = [size for size in seen if size.count >= KNOWN] or seen
+        known.sort(key=lambda size: size.tokens)
+        self._sizes = [size.tokens for size in known]
         runs: list[tuple[float, float, int]] = []  # sum, weight and sizes of those that share a mean
-        for _, seconds, weight in points:
-            runs.append((seconds * weight, weight, 1))
+        for size in known:
+            weight = min(size.count, SETTLED)
+            runs.append((exp(size.level) * weight, weight, 1))
             while len(runs) > 1 and runs[-2][0] * runs[-1][1] > runs[-1][0] * runs[-2][1]:
                 last = runs.pop()
                 runs[-1] = tuple(a + b for a, b in zip(runs[-1], last, strict=True))
@@ -82,7 +93,7 @@ class CostTable:
         Beyond what was measured a token more costs what one of a prompt does; where none was read, a twentieth of what
         one did up to there: what is not known is tried.
         """
-        return self._at(tokens) * self._pace if self._sizes and tokens > 0 else 0.0
+        return self._at(tokens) * exp(self._pace) if self._sizes and tokens > 0 else 0.0
 
     def _at(self, tokens: float) -> float:
         sizes, seconds = self._sizes, self._seconds
@@ -90,7 +101,7 @@ class CostTable:
         if at < len(sizes) and sizes[at] == tokens:
             return seconds[at]
         if at == len(sizes):
-            more = _usual(self._prompts) if self._prompts else seconds[-1] / sizes[-1] / 20
+            more = median(self._prompts) if self._prompts else seconds[-1] / sizes[-1] / 20
             return seconds[-1] + (tokens - sizes[-1]) * more
         if at == 0:
             return seconds[0]
@@ -99,4 +110,4 @@ class CostTable:
 
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""
-        return [(size, seconds * self._pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
+        return [(size, seconds * exp(self._pace)) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
