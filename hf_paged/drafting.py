@@ -102,8 +102,14 @@ class Drafting:
 
     # -- before the forward
 
-    def propose(self, work: list[PlanRow], most: int) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
-        """`work` with drafts behind the last tokens of rows, up to `most` tokens in all, and these drafts."""
+    def propose(
+        self, work: list[PlanRow], most: int, waits: bool = False
+    ) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
+        """`work` with drafts behind the last tokens of rows, up to `most` tokens in all, and these drafts.
+
+        Args:
+            waits: whether rows wait for the places of these.
+        """
         if not self.speculators:
             return work, {}
         self._drafted = sum(drafter.seconds for drafter in self.drafters)
@@ -116,7 +122,7 @@ class Drafting:
         drawn = sum(planned.count == planned.sequence.pending for planned in work)
         found: dict[PlanRow, Proposal] = {}
         for speculator, rows in groups.items():
-            made = speculator.propose(rows, tokens, drawn, most - tokens, self._reserve)
+            made = speculator.propose(rows, tokens, drawn, most - tokens, waits, self._reserve)
             tokens += sum(map(len, made.values()))
             found |= made
         if not found:
@@ -152,6 +158,7 @@ class Drafting:
         if not self.speculators:
             return
         seconds = self.measured(seconds)
+        behind = self._plain and self._nodes
         self._plain = all(planned.count == 1 or planned.span is not None for planned in work)
         self._nodes = sum(planned.count - 1 for planned in work if planned.span is not None)
         self._forward = seconds
@@ -159,6 +166,8 @@ class Drafting:
             self.verified += 1
             self.verify_seconds += seconds
         if self._plain:
+            if behind and self.cost:
+                self.overhead.note_after(seconds, self.cost.seconds(tokens))
             self.cost.note(tokens, seconds)
         else:
             self.cost.note_prompt(tokens, seconds)

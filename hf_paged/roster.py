@@ -36,6 +36,11 @@ class Roster:
         """Whether any row runs or waits."""
         return bool(self.running or self._waiting)
 
+    @property
+    def waits(self) -> bool:
+        """Whether any row waits."""
+        return bool(self._waiting)
+
     def waiting(self) -> Iterator[Row]:
         """Rows that wait, in the order in which they should be admitted."""
         return reversed(self._waiting)

@@ -233,7 +233,7 @@ def test_drafts_that_poison_are_wiped_out(model, backend, prefix_caching, monkey
     with engine_of(poisoned, None, "lookup", **settings) as engine:
         speculator = engine.speculator
         texts = speculator._texts_of
-        speculator._texts_of = lambda row, depth: [_poison(p, row) for p in texts(row, depth) if p is not None]
+        speculator._texts_of = lambda row, *rest: [_poison(p, row) for p in texts(row, *rest) if p is not None]
         assert tokens(engine, prompts, params) == wanted
         assert engine.store.finite(list(range(1, 60)))
 

@@ -108,6 +108,11 @@ class CostTable:
         slope = (seconds[at] - seconds[at - 1]) / (sizes[at] - sizes[at - 1])
         return seconds[at - 1] + slope * (tokens - sizes[at - 1])
 
+    @property
+    def smallest(self) -> int:
+        """The least size that was measured; 0: none was."""
+        return self._sizes[0] if self._sizes else 0
+
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""
         return [(size, seconds * exp(self._pace)) for size, seconds in zip(self._sizes, self._seconds, strict=True)]

@@ -202,7 +202,7 @@ class DraftModel(Drafter):
         for tree in trees:
             grown = []
             for node in tree.frontier:
-                reach = tree.reach[node] if node >= 0 else 1.0
+                reach = tree.reach[node] if node >= 0 else guide.value(tree.planned)
                 for rank, (token, prob) in enumerate(zip(tokens[at], probs[at], strict=True)):
                     if isnan(prob):
                         raise FloatingPointError("the draft model's logits hold NaN")

@@ -6,24 +6,36 @@ forward over all of them and of the drafting. What is added must raise the quoti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from hf_paged.plan import PlanRow
 from hf_paged.speculation.acceptance import Acceptance, RowRecord
-from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.cost import STRAY, CostTable
 
-MARGIN = 1.01  # a step with drafts must promise so much more than one without
+NEAR, FAR = (
+    4,
+    16,
+)  # rows that differ by so many tokens may end in any order; while the end is far, that share of the rest
+MARGIN = 1.04  # a step with drafts must promise so much more than one without
 NODE = 15e-6  # seconds of a draft outside all forwards
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of drafts that stand for all
 AHEAD = 4  # depths that are looked ahead: the first may pay only with those behind it
 
 
 @dataclass(eq=False)
 class Overhead:
-    """Seconds of a step outside all forwards: of any step, and of one with drafts besides; both follow slowly."""
+    """Seconds of a step outside all forwards, all of which follow slowly.
+
+    Attributes:
+        step: of any step. drafts: of one with drafts besides. after: by which the forward behind such a step is longer.
+    """
 
     step: float = 0.0
     drafts: float = 0.0
+    after: float = 0.0
 
     def note(self, seconds: float, nodes: int) -> None:
         """Add a step's, in which `nodes` drafts were verified."""
@@ -32,9 +44,13 @@ class Overhead:
         else:
             self.step = _follow(self.step, seconds)
 
+    def note_after(self, seconds: float, usual: float) -> None:
+        """Add a forward behind a step with drafts, and what it would usually take."""
+        self.after += (min(max(seconds / usual - 1, -STRAY), STRAY) * usual - self.after) / 16
+
     def seconds(self, nodes: float) -> float:
-        """Of a step with so many drafts."""
-        return self.step + (self.drafts + NODE * nodes if nodes else 0.0)
+        """Of a step with so many drafts, what it does to the next one included."""
+        return self.step + (self.drafts + self.after + NODE * nodes if nodes else 0.0)
 
 
 def _follow(known: float, seen: float) -> float:
@@ -67,6 +83,27 @@ class Ledger:
             self._seconds[nodes] = known
         return known
 
+    def step(self, rows: int) -> float:
+        """Seconds of a step that decodes so many rows; fewer than were ever measured take their share of that."""
+        least = min(self.cost.smallest, self.drawn)
+        if rows < least:
+            return rows / least * self.step(least)
+        return self.cost.seconds(rows) + self.overhead.step
+
+    def values(self, left: Sequence[int]) -> list[float]:
+        """What a token of each row is worth, over what one is on average, where nobody waits for a row's place.
+
+        The row that ends last must be quicker for all to be done sooner; one that ends first takes, when it is quicker
+        by a step, no more than its own line out of one step. Rows with about as many tokens `left` may end in any
+        order.
+        """
+        order, mean, out = sorted(left), self.step(self.drawn) / self.drawn, []
+        for own in left:
+            near = max(NEAR, own // FAR)
+            first, last = len(left) - bisect_right(order, own + near), len(left) - bisect_left(order, own - near)
+            out.append((self.step(last) - self.step(first)) / (last - first) / mean)
+        return out
+
     def plain(self) -> float:
         """Tokens a second without drafts."""
         return self.drawn / self.seconds(0)
@@ -87,6 +124,12 @@ class Ledger:
                     best, count = rate, n
         return best, count
 
+    @cached_property
+    def cheapest(self) -> float:
+        """Least reach at which a draft of this step may be worth its place: where more of them cost the least."""
+        usual = self.seconds(0)
+        return min((self.seconds(nodes) - usual) / nodes for nodes in SIZES) * self.plain()
+
     def worth(self) -> float:
         """Least reach of a single draft that raises the rate."""
         rate, count = self.best(sorted(self.reaches, reverse=True))
@@ -101,6 +144,7 @@ class Guide:
         ledger: of the step; None: everything is drafted, as deep and wide as it may be.
         width: most drafts beside each other, a row.
         threshold: least probability that the draft model must give.
+        records: of the rows. values: what a token of each is worth; where none is given, 1.
     """
 
     source: str
@@ -110,6 +154,11 @@ class Guide:
     width: int
     threshold: float = 0.0
     records: dict[PlanRow, RowRecord] = field(default_factory=dict)
+    values: Mapping[PlanRow, float] = field(default_factory=dict)
+
+    def value(self, row: PlanRow) -> float:
+        """What reaching the first draft of `row` is worth: reaches begin with it."""
+        return self.values.get(row, 1.0)
 
     def odds(self, row: PlanRow, kind: int, depth: int, prior: float) -> float:
         """Odds of a draft of `row`."""

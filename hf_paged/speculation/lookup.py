@@ -5,7 +5,7 @@ After Saxena, "Prompt Lookup Decoding", 2023, and LLMA (Yang et al., "Inference 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hf_paged.speculation.proposal import Proposal
 
@@ -68,15 +68,23 @@ def match_kind(length: int) -> int:
 PRIOR = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # by `match_kind`, until something is known
 
 
-def lookup(index: NgramIndex, tokens: Sequence[int], count: int) -> Proposal | None:
-    """Up to `count` tokens that followed the longest n-gram known."""
+def lookup(
+    index: NgramIndex, tokens: Sequence[int], count: int, hopeful: Callable[[int], bool] | None = None
+) -> Proposal | None:
+    """Up to `count` tokens that followed the longest n-gram known.
+
+    Args:
+        hopeful: says of which kinds of matches drafts can be of use. Default: of all.
+    """
     index.update(tokens)
     found = index.find(tokens) if count > 0 else None
     if found is None:
         return None
     start, length = found
-    drafts = continuation(tokens, start, count)
     kind = match_kind(length)
+    if hopeful is not None and not hopeful(kind):
+        return None
+    drafts = continuation(tokens, start, count)
     return Proposal(
         tuple(drafts),
         tuple(range(-1, len(drafts) - 1)),

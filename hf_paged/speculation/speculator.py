@@ -12,14 +12,15 @@ from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.guide import Guide, Ledger, Overhead
-from hf_paged.speculation.lookup import NgramIndex, lookup
+from hf_paged.speculation.lookup import PRIOR, NgramIndex, lookup
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
 from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex, Text
 from hf_paged.speculation.trial import Trial
 
-# A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps.
-PATIENCE, LONGEST_WAIT = 3, 15
+# A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps;
+# rows that wait as long are looked at in the same ones.
+PATIENCE, LONGEST_WAIT = 3, 16
 LASTING = 0.99  # of what was expected and taken in the steps before
 
 
@@ -29,13 +30,13 @@ class RowDrafting:
 
     Attributes:
         records: by proposer.
-        wait: steps until texts are looked at again. misses: times on end that they were of no use.
+        until: the step in which texts are looked at again. misses: times on end that they were of no use.
     """
 
     records: dict[str, RowRecord] = field(default_factory=dict)
     ngrams: NgramIndex | None = None
     text: Text | None = None
-    wait: int = 0
+    until: int = 0
     misses: int = 0
 
     def record(self, source: str) -> RowRecord:
@@ -64,9 +65,12 @@ class Speculator:
         self.acceptance = Acceptance()
         self.tallies: dict[str, Tally] = {}
         self.trial = Trial()
+        self._steps = 0
         self._plain = 0.0  # seconds of this step, were it without drafts
         self._drawn = 0  # rows that draw in it
         self._reach, self._taken = 0.0, 0  # drafts of this step that are expected to be taken, and that were
+        self._gain = 0.0  # what those expected are worth, in tokens
+        self._values: dict[PlanRow, float] = {}  # what a token of a row is worth, where that is not 1
         self._reached, self._took = 0.0, 0.0  # the same of the latest steps
 
     def propose(
@@ -75,6 +79,7 @@ class Speculator:
         tokens: int,
         drawn: int,
         budget: int,
+        waits: bool,
         reserve: Callable[[PlanRow, int], bool],
     ) -> dict[PlanRow, Proposal]:
         """Drafts for some of `rows`, each of which is to compute its last token.
@@ -82,29 +87,39 @@ class Speculator:
         Args:
             tokens, drawn: tokens that the step computes, and rows that draw, without drafts.
             budget: drafts that the step can take.
+            waits: whether other rows wait for the places of these.
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
-        self._reach, self._taken, self._plain = 0.0, 0, 0.0
+        self._reach, self._gain, self._taken, self._plain = 0.0, 0.0, 0, 0.0
         depths = {planned: self._deepest(planned.row, budget) for planned in rows}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
-        if not depths or budget <= 0:
+        self._steps += 1
+        asked = self._asked(depths)
+        drafter = self.drafter if self.drafter is not None and not self.drafter.failed else None
+        if budget <= 0 or not (asked or depths and drafter):
             return {}
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
         self._drawn, self._plain = drawn, drawn / ledger.plain() if ledger is not None else 0.0
-        offers, asked = self._known_texts(depths)
+        self._values = {}
+        if ledger is not None and not waits and 1 < drawn == len(rows) and all(_ends_by_length(p.row) for p in rows):
+            self._values = dict(zip(rows, ledger.values([_left(planned.row) for planned in rows]), strict=True))
+        offers = self._known_texts(asked, ledger)
         drafting = [planned for planned in depths if planned not in offers]
-        if self.drafter is not None and not self.drafter.failed and (ledger is None or self.trial.drafts(len(rows))):
+        if drafter is not None and (ledger is None or self.trial.drafts(len(rows))):
             if ledger is not None and self.config.method == "auto":
                 drafting = self._better_drafted(depths, offers, ledger)
             offers |= self._drafted({planned: depths[planned] for planned in drafting}, ledger, reserve)
         chosen = self._choose(offers, ledger, budget) if offers else {}
         if ledger is not None:
-            self._wait(asked, chosen)
+            self._put_off(asked, chosen)
         return {planned: proposal for planned, proposal in chosen.items() if reserve(planned, len(proposal))}
 
     def _deepest(self, row: Row, budget: int) -> int:
         """Drafts one behind another that can be of use: the last token of a row is drawn behind the last of them."""
-        return min(self.config.max_draft_tokens, row.request.max_tokens - len(row.output_ids) - 1, budget)
+        return min(self.config.max_draft_tokens, _left(row) - 1, budget)
+
+    def _value(self, planned: PlanRow) -> float:
+        return self._values.get(planned, 1.0)
 
     def _state(self, row: Row) -> RowDrafting:
         if row.drafting is None:
@@ -113,35 +128,41 @@ class Speculator:
 
     # -- proposers that cost next to nothing
 
-    def _known_texts(self, depths: dict[PlanRow, int]) -> tuple[dict[PlanRow, Proposal], list[PlanRow]]:
-        """What lookup and the suffix index offer, of both the one that promises more; and who was asked for."""
-        offers, asked = {}, []
+    def _asked(self, depths: dict[PlanRow, int]) -> dict[PlanRow, int]:
+        """The rows for which texts are looked at now."""
         if self.config.method in ("draft", "layer_skip"):
-            return offers, asked
-        for planned, depth in depths.items():
-            state = self._state(planned.row)
-            if state.wait:
-                state.wait -= 1
-                continue
-            asked.append(planned)
-            found = [self._with_odds(planned, p) for p in self._texts_of(planned.row, depth) if p is not None]
-            if found:
-                offers[planned] = max(found, key=lambda proposal: sum(proposal.reach()))
-        return offers, asked
+            return {}
+        return {planned: n for planned, n in depths.items() if self._state(planned.row).until <= self._steps}
 
-    def _wait(self, asked: list[PlanRow], chosen: dict[PlanRow, Proposal]) -> None:
+    def _put_off(self, asked: dict[PlanRow, int], chosen: dict[PlanRow, Proposal]) -> None:
         """Rows for which texts offer nothing that pays are asked for less and less often."""
         for planned in asked:
             state = self._state(planned.row)
             state.misses = 0 if planned in chosen else state.misses + 1
-            state.wait = min((1 << max(state.misses - PATIENCE, 0)) - 1, LONGEST_WAIT)
+            wait = min(1 << max(state.misses - PATIENCE, 0), LONGEST_WAIT)
+            state.until = (self._steps // wait + 1) * wait
 
-    def _texts_of(self, row: Row, depth: int) -> list[Proposal | None]:
+    def _known_texts(self, asked: dict[PlanRow, int], ledger: Ledger | None) -> dict[PlanRow, Proposal]:
+        """What lookup and the suffix index offer, of both the one that promises more."""
+        offers = {}
+        for planned, depth in asked.items():
+            least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
+            found = [self._with_odds(planned, p) for p in self._texts_of(planned.row, depth, least) if p is not None]
+            if found:
+                offers[planned] = max(found, key=lambda proposal: sum(proposal.reach()))
+        return offers
+
+    def _texts_of(self, row: Row, depth: int, least: float) -> list[Proposal | None]:
         state, found, method = self._state(row), [], self.config.method
         if method in ("lookup", "auto"):
             if state.ngrams is None:
                 state.ngrams = NgramIndex(self.config.max_matching_ngram_size)
-            found.append(lookup(state.ngrams, row.tokens, depth))
+            record = state.record("lookup")
+
+            def hopeful(kind: int) -> bool:
+                return self.acceptance.odds("lookup", kind, 1, PRIOR[kind], record) >= least
+
+            found.append(lookup(state.ngrams, row.tokens, depth, hopeful))
         if method in ("suffix", "auto") and self.suffixes is not None:
             if state.text is None:
                 state.text = self.suffixes.open(row.tokens, self._reader(row))
@@ -176,7 +197,7 @@ class Speculator:
             reach *= self.acceptance.any_odds(name, depth)
             expected += reach
         price = 4 * self.drafter.cost.seconds(len(depths)) * ledger.plain() / max(len(depths), 1)
-        return [planned for planned in depths if sum(_reach(offers.get(planned))) < expected - price]
+        return [p for p in depths if (expected - sum(_reach(offers.get(p)))) * self._value(p) > price]
 
     def _drafted(
         self, depths: dict[PlanRow, int], ledger: Ledger | None, reserve: Callable[[PlanRow, int], bool]
@@ -186,7 +207,8 @@ class Speculator:
         drafter, rows = self.drafter, list(depths)
         records = {planned: self._state(planned.row).record(drafter.name) for planned in rows}
         threshold = self.config.confidence_threshold
-        guide = Guide(drafter.name, self.acceptance, ledger, drafter.cost, self.config.tree_width, threshold, records)
+        parts = drafter.cost, self.config.tree_width, threshold, records, self._values
+        guide = Guide(drafter.name, self.acceptance, ledger, *parts)
         made = drafter.propose(rows, list(depths.values()), guide, reserve)
         return {planned: proposal for planned, proposal in zip(rows, made, strict=True) if proposal is not None}
 
@@ -195,14 +217,15 @@ class Speculator:
     def _choose(self, offers: dict[PlanRow, Proposal], ledger: Ledger | None, budget: int) -> dict[PlanRow, Proposal]:
         """The drafts that are worth their place, over all rows: those with the best odds first."""
         nodes = [
-            (reach, -index, planned)
+            (reach * self._value(planned), -index, planned)
             for planned, proposal in offers.items()
             for index, reach in enumerate(proposal.reach()[:MOST_NODES])
         ]
         nodes.sort(key=lambda node: (-node[0], -node[1]))
         reaches = [reach for reach, _, _ in nodes]
         count = budget if ledger is None else min(ledger.best(reaches)[1], budget)
-        self._reach = sum(reaches[:count])
+        self._gain = sum(reaches[:count])
+        self._reach = sum(worth / max(self._value(planned), 1e-9) for worth, _, planned in nodes[:count])
         chosen: dict[PlanRow, list[int]] = {}
         for _, index, planned in nodes[:count]:
             chosen.setdefault(planned, []).append(-index)
@@ -244,13 +267,25 @@ class Speculator:
         self._reached = LASTING * self._reached + self._reach
         self._took = LASTING * self._took + self._taken
         if self._plain and self._drawn:
-            usual = self._reach * (self._took + 1) / (self._reached + 1)
+            usual = self._gain * (self._took + 1) / (self._reached + 1)
             self.trial.note((tokens - self._taken + usual) / self._drawn, seconds / self._plain)
 
     def ended(self, row: Row) -> None:
         """A row has ended: what it wrote is known to the suffix index."""
         if row.drafting is not None and row.drafting.text is not None:
             self.suffixes.update(row.drafting.text)
+
+
+def _left(row: Row) -> int:
+    return row.request.max_tokens - len(row.output_ids)
+
+
+def _ends_by_length(row: Row) -> bool:
+    """Whether it is known how many tokens a row will have."""
+    params = row.request.params
+    if params.min_tokens >= row.request.max_tokens:
+        return True
+    return not (row.sampling.eos_ids or params.stop_token_ids or params.stop or row.hooks.stop)
 
 
 def _reach(proposal: Proposal | None) -> list[float]:

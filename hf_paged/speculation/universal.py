@@ -116,14 +116,14 @@ class UniversalDraft(Drafter):
             self.tidy(set())
         self._unsure = True
         with self._timed(guide):
-            chains = [self._chain(planned, depth) for planned, depth in zip(rows, deepest, strict=True)]
+            chains = [self._chain(planned, depth, guide) for planned, depth in zip(rows, deepest, strict=True)]
         self._grow([chain for chain in chains if chain is not None], guide)
         with self._timed(guide):
             made = [self._proposal(chain, guide) if chain is not None and chain.probs else None for chain in chains]
         self._unsure = False
         return made
 
-    def _chain(self, planned: PlanRow, deepest: int) -> Chain | None:
+    def _chain(self, planned: PlanRow, deepest: int, guide: Guide) -> Chain | None:
         """Where a row's drafts begin; None where it gets none."""
         mirror = self._mirrors.get(planned.sequence)
         if mirror is None:
@@ -132,7 +132,7 @@ class UniversalDraft(Drafter):
         most = min(ceil(deepest * mirror.ratio), self.longest - mirror.length, MOST_NODES)
         if most <= 0 or not mirror.length or not self._room(mirror.sequence):
             return None
-        return Chain(planned, mirror, deepest, most)
+        return Chain(planned, mirror, deepest, most, reach=guide.value(planned))
 
     def _grow(self, chains: list[Chain], guide: Guide) -> None:
         deepest, depth = max((chain.most for chain in chains), default=0), 1
