@@ -28,10 +28,13 @@ class FewLines:
         self._parameters: list[dict[str, nn.Parameter | None]] = []
         self._seen: list[int] = []
         self._model: FewModel | None = None
+        self._vouched: object | None = None  # who vouched for the weights when they were looked at last
 
     def fit(self, lean: LeanForward) -> bool:
         """Whether the op serves the weights as they are now; where they are is known then."""
-        layers = lean.layers
+        layers, vouched = lean.layers, lean.vouched
+        if vouched is not None and vouched is self._vouched:
+            return self._model is not None
         if self.op is None or not layers:
             return False
         if len(self._places) != len(layers) * (len(LINEARS) + len(NORMS)) + 3:
@@ -41,9 +44,11 @@ class FewLines:
             self._modules, self._seen = modules, []
             self._parameters = [module._parameters if module is not None else {} for module in modules]
         parts = [part.get(name) for part in self._parameters for name in ("weight", "bias")]
+        parts += _frequencies(lean.rotary), *lean.store.keys, *lean.store.values
         found = [0 if part is None else part.data_ptr() for part in parts]
         if found != self._seen:
             self._seen, self._model = found, self._made(lean, found)
+        self._vouched = vouched
         return self._model is not None
 
     def _look(self, lean: LeanForward) -> None:
@@ -63,18 +68,20 @@ class FewLines:
         whole = all(p.is_contiguous() for part in self._parameters for p in part.values() if p is not None)
         eps = {norm.variance_epsilon for norm in (lean.norm, *(norm for layer in layers for norm in layer.norms()))}
         widths = {layer.mlp.gate_proj.weight.shape[0] for layer in layers}
-        key, dim = lean.store.keys[0], lean.head_dim
+        key, dim, count = lean.store.keys[0], lean.head_dim, len(layers) * 2 * (len(LINEARS) + len(NORMS))
         heads = {layer.attention.q_proj.weight.shape[0] // dim for layer in layers}
         if not whole or len(eps) > 1 or len(widths) > 1 or len(heads) > 1:
             return None
         (vocab, width), outputs = lean.embed.weight.shape, len(lean.head.weight)
         blocks = np.zeros((len(layers), FIELDS), np.int64)
-        weights = np.array(found[:-6], np.int64).reshape(len(layers), -1, 2)
+        weights, ends, angles, *pages = found[:count], found[count : count + 6], *found[count + 6 :]
+        weights = np.array(weights, np.int64).reshape(len(layers), -1, 2)
         blocks[:, : 2 * len(LINEARS)] = weights[:, : len(LINEARS)].reshape(len(layers), -1)
         blocks[:, 2 * len(LINEARS) : -3] = weights[:, len(LINEARS) :, 0]
-        embed, _, norm, _, head, bias = found[-6:]
+        blocks[:, -3:-1] = np.array(pages, np.int64).reshape(2, -1).T[: len(layers)]
+        embed, _, norm, _, head, bias = ends
         return FewModel(
-            ends=np.array([embed, 0, norm, head, bias, vocab, outputs], np.int64),
+            ends=np.array([embed, angles, norm, head, bias, vocab, outputs], np.int64),
             blocks=blocks,
             windows=[layer.window for layer in layers],
             sizes=(width, widths.pop(), heads.pop(), key.shape[1], dim),
@@ -85,18 +92,13 @@ class FewLines:
             eps=eps.pop(),
         )
 
-    def model(self, lean: LeanForward) -> FewModel:
-        """What the op takes of the forward and its pages; `fit` has said that it serves."""
-        model, frequencies = self._model, _frequencies(lean.rotary)
-        for index in range(len(lean.layers)):
-            pages = lean.store.keys[index], lean.store.values[index]
-            model.blocks[index, -3:-1] = pages[0].data_ptr(), pages[1].data_ptr()
-        model.ends[FREQUENCIES] = 0 if frequencies is None else frequencies.data_ptr()
-        return model
+    def model(self, lean: LeanForward) -> FewModel | None:
+        """What the op takes of the forward and its pages; None where it does not serve."""
+        return self._model if self.fit(lean) else None
 
     def __call__(self, lean: LeanForward, plan: StepPlan) -> torch.Tensor:
         """As `LeanForward`; `fit` has said so."""
-        model, rotation = self.model(lean), None
+        model, rotation = self._model, None
         if not model.ends[FREQUENCIES]:
             hidden = lean.embed.weight[None, :1]  # for its dtype and device
             rotation = lean.between.rotation(*(part[0] for part in lean.rotary(hidden, plan.positions[None])))

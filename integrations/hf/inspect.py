@@ -131,6 +131,11 @@ class PagedForward:
         """Logits in a dtype that may be the model's own."""
         return self.run.logits(plan) if isinstance(self.run, LeanForward) else self.run(plan)
 
+    def vouch(self, known: object) -> None:
+        """The model's weights are where they were when `known` was made."""
+        if isinstance(self.run, LeanForward):
+            self.run.vouched = known
+
     def few_model(self) -> FewModel | None:
         """See `LeanForward.few_model`."""
         return self.run.few_model() if isinstance(self.run, LeanForward) else None

@@ -107,6 +107,8 @@ class LeanForward:
         compiled = self.few is not None and backend == "auto" and store.dtype == torch.float32
         self.blocks = FewLines() if compiled else None
         self.rounds = self.embed.weight.device.type == "cpu"
+        # Weights are in place as long as this is the same, says an owner who looks at them before each step.
+        self.vouched: object | None = None
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
@@ -162,7 +164,7 @@ class LeanForward:
 
     def few_model(self) -> FewModel | None:
         """What compiled ops over a few lines take, as long as no weight changes; None where they do not serve."""
-        return self.blocks.model(self) if self.blocks is not None and self.blocks.fit(self) else None
+        return self.blocks.model(self) if self.blocks is not None else None
 
     def _products(self, lines: int) -> tuple[TorchLinear, int]:
         """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are

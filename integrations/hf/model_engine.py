@@ -217,6 +217,7 @@ class ModelEngine:
             if self._anywhere(self.validity.step()):  # the model was changed under running requests
                 self.validity.begin()
                 self.forget()
+            self.forward.vouch(self.validity.known)
             result = self.core.step()
         except BaseException:
             if self.team is not None:
