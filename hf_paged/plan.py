@@ -122,7 +122,7 @@ def build_plan(
         slots += [pages[place // page_size] * page_size + place % page_size for place in places]
         wanted += range(len(token_ids) - row.logits, len(token_ids))
     total = len(token_ids)
-    packed = torch.tensor(token_ids + positions + slots + wanted, dtype=torch.int64).to(device)
+    packed = torch.from_numpy(np.array(token_ids + positions + slots + wanted, np.int64)).to(device)
     counts = np.array([row.count for row in rows], np.int64)
     ends = np.array([row.first + row.count for row in rows], np.int64)
     tree = _tree_mask(rows, positions) if any([row.branches for row in rows]) else None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hf_paged import filters
@@ -19,6 +20,8 @@ from hf_paged.penalties import adjust, is_touched
 from hf_paged.pipeline import Pipeline, run_pipelines
 
 __all__ = ["Pipeline", "SampleResult", "SamplingError", "SamplingRow", "prompt_logprobs", "sample"]
+
+FEW_SCORES = 1 << 17  # on a CPU numpy looks through so many before torch has begun
 
 
 class SamplingError(RuntimeError):
@@ -161,12 +164,29 @@ def _take_largest(
 
     A processor may force a token by +inf, as in transformers; a model's raw logits should not hold it.
     """
-    tops, ids = scores.max(dim=1)
-    for i, top, token in zip(members, tops.tolist(), ids.tolist(), strict=True):
+    for i, top, token in zip(members, *_largest(scores), strict=True):
         if math.isfinite(top) or (top > 0 and not raw):
             tokens[i] = token
         else:
             errors[i] = _no_token(top, "the model's logits" if raw else "the processed scores")
+
+
+def _largest(scores: torch.Tensor) -> tuple[list[float], list[int]]:
+    """The largest of each row, NaN where there is one, and the first place where it stands."""
+    if scores.device.type == "cpu" and scores.numel() <= FEW_SCORES:
+        array = scores.numpy()
+        ids = array.argmax(axis=1).tolist()
+        return [float(row[token]) for row, token in zip(array, ids, strict=True)], ids
+    tops, ids = scores.max(dim=1)
+    return tops.tolist(), ids.tolist()
+
+
+def are_finite(logits: torch.Tensor) -> bool:
+    """Whether all are finite. False now and then where they are."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.numel() <= FEW_SCORES:
+        with np.errstate(all="ignore"):
+            return math.isfinite(logits.numpy().sum())
+    return math.isfinite(float(logits.sum()))
 
 
 def _choose(

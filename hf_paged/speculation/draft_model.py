@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_paged.kernels.native_drafts import NativeDrafts
 from hf_paged.memory import PageCopy
 from hf_paged.plan import PlanRow, Span, StepPlan
 from hf_paged.sequence import Sequence
@@ -73,6 +74,7 @@ class DraftModel(Drafter):
     ) -> None:
         super().__init__(forward, store, page_size, **settings)
         self._trees: dict[Sequence, Tree] = {}  # of the latest step
+        self._op: NativeDrafts | None = None
         self._filled = np.zeros(num_pages + 1, np.int32)  # slots of each page that hold KV of the tokens there
 
     # -- pages
@@ -134,7 +136,8 @@ class DraftModel(Drafter):
         known = [self.known(tree.planned) for tree in trees]
         lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
         with self._timed(guide):
-            few = FewDrafts.begin(self.forward, trees, self.page_size, self.most)
+            few = FewDrafts.begin(self.forward, trees, self.page_size, self.most, self._op)
+            self._op = few.op if few is not None else None
         with self._timed(guide, lag):
             if few is not None and lag <= few.most:
                 chosen = few.behind_known(known, guide.width)

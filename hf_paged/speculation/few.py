@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_paged.filters import draw_arrays
-from hf_paged.kernels.native_blocks import FREQUENCIES, FewModel
+from hf_paged.kernels.native_blocks import FREQUENCIES
 from hf_paged.kernels.native_drafts import Chosen, Line, NativeDrafts
 from hf_paged.kernels.rows import ALL
 from hf_paged.penalties import is_touched
@@ -23,21 +23,30 @@ class FewDrafts:
     """The drafts of one step, for `trees` whose rows draw from what their draft model says as it is.
 
     Args:
-        model: what the op takes of the draft model.
+        op: of the draft model. page_size: of its pages.
         most: tokens of one forward.
     """
 
-    def __init__(self, model: FewModel, trees: Sequence[Tree], page_size: int, most: int) -> None:
+    def __init__(self, op: NativeDrafts, trees: Sequence[Tree], page_size: int, most: int) -> None:
         rows = [tree.planned.row.sampling for tree in trees]
-        self.most, self._size = min(most, model.most), page_size
-        self._op = NativeDrafts(model, page_size, draw_arrays([(row.params, row.seed, row.position) for row in rows]))
+        self.op, self.most, self._size = op, min(most, op.model.most), page_size
+        op.begin(draw_arrays([(row.params, row.seed, row.position) for row in rows]))
         self._trees, self._number = trees, {tree: number for number, tree in enumerate(trees)}
 
     @classmethod
     def begin(
-        cls, forward: Callable[[StepPlan], torch.Tensor], trees: Sequence[Tree], page_size: int, most: int
+        cls,
+        forward: Callable[[StepPlan], torch.Tensor],
+        trees: Sequence[Tree],
+        page_size: int,
+        most: int,
+        op: NativeDrafts | None = None,
     ) -> FewDrafts | None:
-        """Drafts of `forward`, or None where it has no such op, or a row wants something done to logits."""
+        """Drafts of `forward`, or None where it has no such op, or a row wants something done to logits.
+
+        Args:
+            op: of an earlier step.
+        """
         few_model = getattr(forward, "few_model", None)
         rows = [tree.planned.row.sampling for tree in trees]
         if few_model is None:
@@ -50,7 +59,9 @@ class FewDrafts:
         longest = max(tree.planned.sequence.computed for tree in trees) + 1 + MOST_NODES
         if any(window is not None and window < longest for window in model.windows):
             return None
-        return cls(model, trees, page_size, most)
+        if op is None or op.model is not model:
+            op = NativeDrafts(model, page_size)
+        return cls(op, trees, page_size, most)
 
     def behind_known(self, known: Sequence[int], width: int) -> Chosen:
         """What comes behind the last token of every row, of which so many tokens are known; the others are computed."""
@@ -82,4 +93,4 @@ class FewDrafts:
 
     def _chosen(self, lines: Sequence[Line], wanted: Sequence[int], ahead: int, width: int) -> Chosen:
         table = page_table([tree.planned.sequence for tree in self._trees])
-        return self._op(lines, wanted, table, ahead, width)
+        return self.op(lines, wanted, table, ahead, width)

@@ -30,22 +30,26 @@ class NativeDrafts:
     Args:
         model: whose weights do not change as long as this is used; it must name frequencies.
         page_size: of its pages.
-        parameters: an entry a row, as `SamplingOps` takes them.
     """
 
-    def __init__(self, model: FewModel, page_size: int, parameters: tuple[np.ndarray, ...]) -> None:
-        self.model, self._parameters = model, parameters
+    def __init__(self, model: FewModel, page_size: int) -> None:
+        self.model = model
         self._lines = np.zeros((7, model.most), np.int64)
         self._wanted = np.zeros(model.most, np.int64)
         at = [address(self._lines) + self._lines.strides[0] * field for field in range(7)]
         self._sight = np.array([0, at[LINE_OF], at[CONTEXT], 0, at[VISIBLE], at[BASE]], np.int64)
         self._inputs = np.array([at[IDS], at[POSITIONS], at[SLOTS], 0, address(self._wanted), 0], np.int64)
         self._shape = np.array([0, *model.sizes, page_size, 0], np.int64)
-        self._settings = np.array([address(part) for part in parameters], np.int64)
+        self._settings = np.zeros(6, np.int64)
         self._run = _few_drafts()
         arrays = address(model.ends), address(model.blocks), len(model.blocks), address(self._shape)
         self._at = *arrays, address(self._inputs), None, None, model.turn, model.scale, model.eps
         self._sight_at, self._settings_at = address(self._sight), address(self._settings)
+
+    def begin(self, parameters: tuple[np.ndarray, ...]) -> None:
+        """Take other rows: an entry each, as `SamplingOps` takes them."""
+        self._parameters = parameters
+        self._settings[:] = [address(part) for part in parameters]
 
     def __call__(
         self, lines: Sequence[Line], wanted: Sequence[int], table: np.ndarray, ahead: int, width: int

@@ -51,10 +51,11 @@ class SamplingOps:
 
 def present(ids: np.ndarray, probs: np.ndarray) -> tuple[list[list[int]], list[list[float]]]:
     """Both `[rows, width]` as lists, without the missing ones, which stand last in a row and have the id -1."""
-    if ids.min(initial=0) < 0:
-        counts = (ids >= 0).sum(1).tolist()
-        return tuple([row[:n] for row, n in zip(part.tolist(), counts, strict=True)] for part in (ids, probs))
-    return ids.tolist(), probs.tolist()
+    tokens, odds = ids.tolist(), probs.tolist()
+    if any([row[-1] < 0 for row in tokens]):
+        counts = [sum(token >= 0 for token in row) for row in tokens]
+        return tuple([row[:n] for row, n in zip(part, counts, strict=True)] for part in (tokens, odds))
+    return tokens, odds
 
 
 def _matrix(scores: torch.Tensor) -> tuple[int, int, int, int]:

@@ -35,9 +35,7 @@ def build_seen(rows: PagedRows, window: int | None) -> Seen:
     """What each query of the step sees."""
     if rows.tree is None and window is None and rows.num_decodes == len(rows.query_lens):  # most steps are such
         return Seen(np.arange(rows.num_decodes), rows.context_lens)
-    line_of = np.repeat(np.arange(len(rows.query_lens)), rows.query_lens)
-    ends = np.cumsum(rows.query_lens)
-    context = (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)
+    line_of, context = _places(rows)
     tree = rows.tree
     if tree is None:
         begin = None if window is None else np.maximum(context - window, 0)
@@ -49,6 +47,16 @@ def build_seen(rows: PagedRows, window: int | None) -> Seen:
         begin = np.where(plain, begin, np.minimum(begin, tree.base))
         visible = within(tree, window)
     return Seen(line_of, context, begin, visible, tree.base)
+
+
+def _places(rows: PagedRows) -> tuple[np.ndarray, np.ndarray]:
+    """Of each query its line of the page table, and the slots up to its own."""
+    if len(rows.query_lens) == 1:  # of a request alone, for which numpy's calls would take longer
+        count, end = int(rows.query_lens[0]), int(rows.context_lens[0])
+        return np.zeros(count, np.int64), np.arange(end - count + 1, end + 1)
+    line_of = np.repeat(np.arange(len(rows.query_lens)), rows.query_lens)
+    ends = np.cumsum(rows.query_lens)
+    return line_of, (rows.context_lens - ends)[line_of] + np.arange(1, len(line_of) + 1)
 
 
 def within(tree: TreeMask, window: int) -> np.ndarray:
