@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import isfinite
 
 import torch
 
@@ -22,7 +23,6 @@ from hf_paged.params import SamplingParams
 from hf_paged.plan import PlanRow, StepPlan, build_plan
 from hf_paged.request import Request, Row, RowHooks
 from hf_paged.roster import Roster
-from hf_paged.sampling import are_finite
 from hf_paged.scheduler import Decision, Limits, decide
 from hf_paged.scoring import Scoring, note_scores
 from hf_paged.second_tier import SecondTier
@@ -326,7 +326,7 @@ class EngineCore:
         scored = note_scores(work, logits)
         drawings = rows_to_draw(work, drafts)
         # A look at all logits at once says for most steps that nothing is wrong.
-        sound = not drafts or are_finite(logits)
+        sound = not drafts or isfinite(float(logits.sum()))
         if not sound:
             drawings = self.outcomes.set_aside(drawings, logits)
         known = sum(w.count for w in work if w not in drafts and (w.count > 1 or not w.row.output_ids))

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from hf_paged import filters
@@ -179,14 +178,6 @@ def _largest(scores: torch.Tensor) -> tuple[list[float], list[int]]:
         return [float(row[token]) for row, token in zip(array, ids, strict=True)], ids
     tops, ids = scores.max(dim=1)
     return tops.tolist(), ids.tolist()
-
-
-def are_finite(logits: torch.Tensor) -> bool:
-    """Whether all are finite. False now and then where they are."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.numel() <= FEW_SCORES:
-        with np.errstate(all="ignore"):
-            return math.isfinite(logits.numpy().sum())
-    return math.isfinite(float(logits.sum()))
 
 
 def _choose(
