@@ -47,6 +47,7 @@ class Drafting:
         self.drafters: list[Drafter] = []
         self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
         self._plain = False  # whether the latest step held no prompt
+        self._before = 0  # drafts of the step before
         self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
 
     def speculator(self, config: SpeculationConfig, drafter: Drafter | None = None) -> Speculator | None:
@@ -121,12 +122,14 @@ class Drafting:
         tokens = sum(planned.count for planned in work)
         drawn = sum(planned.count == planned.sequence.pending for planned in work)
         found: dict[PlanRow, Proposal] = {}
+        self._nodes = 0
         for speculator, rows in groups.items():
             made = speculator.propose(rows, tokens, drawn, most - tokens, waits, self._reserve)
             tokens += sum(map(len, made.values()))
             found |= made
         if not found:
             return work, found
+        self._nodes = sum(map(len, found.values()))
         wider = [self._with_drafts(planned, found.get(planned)) for planned in work]
         drafts = {new: found[old] for old, new in zip(work, wider, strict=True) if old in found}
         # Decodes first, then drafts, then prompts.
@@ -158,9 +161,8 @@ class Drafting:
         if not self.speculators:
             return
         seconds = self.measured(seconds)
-        behind = self._plain and self._nodes
-        self._plain = all(planned.count == 1 or planned.span is not None for planned in work)
-        self._nodes = sum(planned.count - 1 for planned in work if planned.span is not None)
+        behind, self._before = self._plain and self._before, self._nodes
+        self._plain = tokens - self._nodes == len(work)
         self._forward = seconds
         if self._nodes:
             self.verified += 1

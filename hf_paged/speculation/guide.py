@@ -18,7 +18,7 @@ from hf_paged.speculation.cost import STRAY, CostTable
 NEAR, FAR = (
     4,
     16,
-)  # rows that differ by so many tokens may end in any order; while the end is far, that share of the rest
+)  # rows that differ by so many steps may end in any order; while the end is far, that share of the rest
 MARGIN = 1.04  # a step with drafts must promise so much more than one without
 NODE = 15e-6  # seconds of a draft outside all forwards
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of drafts that stand for all
@@ -90,16 +90,16 @@ class Ledger:
             return rows / least * self.step(least)
         return self.cost.seconds(rows) + self.overhead.step
 
-    def values(self, left: Sequence[int]) -> list[float]:
+    def values(self, left: Sequence[float]) -> list[float]:
         """What a token of each row is worth, over what one is on average, where nobody waits for a row's place.
 
         The row that ends last must be quicker for all to be done sooner; one that ends first takes, when it is quicker
-        by a step, no more than its own line out of one step. Rows with about as many tokens `left` may end in any
+        by a step, no more than its own line out of one step. Rows with about as many steps `left` may end in any
         order.
         """
         order, mean, out = sorted(left), self.step(self.drawn) / self.drawn, []
         for own in left:
-            near = max(NEAR, own // FAR)
+            near = max(NEAR, own / FAR)
             first, last = len(left) - bisect_right(order, own + near), len(left) - bisect_left(order, own - near)
             out.append((self.step(last) - self.step(first)) / (last - first) / mean)
         return out

@@ -20,7 +20,8 @@ from hf_paged.speculation.trial import Trial
 
 # A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps;
 # rows that wait as long are looked at in the same ones.
-PATIENCE, LONGEST_WAIT = 3, 16
+PATIENCE, LONGEST_WAIT = 3, 7
+PACED = 8  # steps of a token each that a row is taken to have made before its first
 LASTING = 0.99  # of what was expected and taken in the steps before
 
 
@@ -29,10 +30,12 @@ class RowDrafting:
     """What a speculator keeps of one row.
 
     Attributes:
+        begun: the step in which it began, had it made a token a step before it was seen.
         records: by proposer.
         until: the step in which texts are looked at again. misses: times on end that they were of no use.
     """
 
+    begun: int
     records: dict[str, RowRecord] = field(default_factory=dict)
     ngrams: NgramIndex | None = None
     text: Text | None = None
@@ -91,21 +94,24 @@ class Speculator:
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
         self._reach, self._gain, self._taken, self._plain = 0.0, 0.0, 0, 0.0
-        depths = {planned: self._deepest(planned.row, budget) for planned in rows}
-        depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         self._steps += 1
-        asked = self._asked(depths)
-        drafter = self.drafter if self.drafter is not None and not self.drafter.failed else None
-        if budget <= 0 or not (asked or depths and drafter):
+        asked = self._asked(rows)
+        if budget <= 0 or not (asked or self._drafts):
             return {}
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
         self._drawn, self._plain = drawn, drawn / ledger.plain() if ledger is not None else 0.0
+        drafts = self._drafts and (ledger is None or self.trial.drafts(len(rows)))
+        depths = {planned: self._deepest(planned.row, budget) for planned in (rows if drafts else asked)}
+        depths = {planned: depth for planned, depth in depths.items() if depth > 0}
+        if not depths:
+            return {}
         self._values = {}
         if ledger is not None and not waits and 1 < drawn == len(rows) and all(_ends_by_length(p.row) for p in rows):
-            self._values = dict(zip(rows, ledger.values([_left(planned.row) for planned in rows]), strict=True))
-        offers = self._known_texts(asked, ledger)
-        drafting = [planned for planned in depths if planned not in offers]
-        if drafter is not None and (ledger is None or self.trial.drafts(len(rows))):
+            self._values = dict(zip(rows, ledger.values([self._time_left(p.row) for p in rows]), strict=True))
+        asked = [planned for planned in asked if planned in depths]
+        offers = self._known_texts(asked, depths, ledger)
+        if drafts:
+            drafting = [planned for planned in depths if planned not in offers]
             if ledger is not None and self.config.method == "auto":
                 drafting = self._better_drafted(depths, offers, ledger)
             offers |= self._drafted({planned: depths[planned] for planned in drafting}, ledger, reserve)
@@ -118,36 +124,53 @@ class Speculator:
         """Drafts one behind another that can be of use: the last token of a row is drawn behind the last of them."""
         return min(self.config.max_draft_tokens, _left(row) - 1, budget)
 
+    @property
+    def _drafts(self) -> bool:
+        """Whether there is a draft model that serves."""
+        return self.drafter is not None and not self.drafter.failed
+
+    def _time_left(self, row: Row) -> float:
+        """Steps until a row ends, if it goes on as it did so far."""
+        pace = (len(row.output_ids) + PACED) / (self._steps - self._state(row).begun + PACED)
+        return _left(row) / pace
+
     def _value(self, planned: PlanRow) -> float:
         return self._values.get(planned, 1.0)
 
     def _state(self, row: Row) -> RowDrafting:
         if row.drafting is None:
-            row.drafting = RowDrafting()
+            row.drafting = RowDrafting(self._steps - len(row.output_ids))
         return row.drafting
 
     # -- proposers that cost next to nothing
 
-    def _asked(self, depths: dict[PlanRow, int]) -> dict[PlanRow, int]:
+    def _asked(self, rows: Sequence[PlanRow]) -> list[PlanRow]:
         """The rows for which texts are looked at now."""
         if self.config.method in ("draft", "layer_skip"):
-            return {}
-        return {planned: n for planned, n in depths.items() if self._state(planned.row).until <= self._steps}
+            return []
+        return [planned for planned in rows if self._state(planned.row).until <= self._steps]
 
-    def _put_off(self, asked: dict[PlanRow, int], chosen: dict[PlanRow, Proposal]) -> None:
+    def _put_off(self, asked: list[PlanRow], chosen: dict[PlanRow, Proposal]) -> None:
         """Rows for which texts offer nothing that pays are asked for less and less often."""
+        longest = 1 << max(LONGEST_WAIT, self._drawn).bit_length() + 1
         for planned in asked:
             state = self._state(planned.row)
             state.misses = 0 if planned in chosen else state.misses + 1
-            wait = min(1 << max(state.misses - PATIENCE, 0), LONGEST_WAIT)
+            wait = min(1 << max(state.misses - PATIENCE, 0), longest)
             state.until = (self._steps // wait + 1) * wait
 
-    def _known_texts(self, asked: dict[PlanRow, int], ledger: Ledger | None) -> dict[PlanRow, Proposal]:
+    def _known_texts(
+        self, asked: list[PlanRow], depths: dict[PlanRow, int], ledger: Ledger | None
+    ) -> dict[PlanRow, Proposal]:
         """What lookup and the suffix index offer, of both the one that promises more."""
         offers = {}
-        for planned, depth in asked.items():
+        for planned in asked:
             least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
-            found = [self._with_odds(planned, p) for p in self._texts_of(planned.row, depth, least) if p is not None]
+            found = [
+                self._with_odds(planned, p)
+                for p in self._texts_of(planned.row, depths[planned], least)
+                if p is not None
+            ]
             if found:
                 offers[planned] = max(found, key=lambda proposal: sum(proposal.reach()))
         return offers

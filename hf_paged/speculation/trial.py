@@ -17,7 +17,7 @@ TRIED, FEWER = 6, 3  # steps of a trial; of one with several rows, which say mor
 SHORT, LONG, GROWTH = 12, 384, 8  # steps between trials: more as long as the same turns out to be faster
 KEPT = 24  # steps of a kind that count
 MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, which trials do not show
-PAYING, DEAREST = 50, 40  # steps without drafts for each that the draft model spent on catching up, of at most so many
+PAYING, DEAREST = 100, 40  # steps without drafts for each that the draft model spent on catching up, of at most so many
 STUMBLE = 1.5  # a step counts as so many times the usual one at most
 
 

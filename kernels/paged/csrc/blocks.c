@@ -87,7 +87,8 @@ int few_forward(float *logits, const ends *e, const block *blocks, int64_t count
     const int64_t most = n->width + (2 * n->heads + 2 * n->kv_heads) * n->dim + n->inner; /* floats of `run_block`, a line */
     for (int64_t l = 0; l < n->lines; l++)
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
-    float *hidden = malloc(sizeof(float) * (size_t)(n->lines * (n->width + 2 * n->dim + most)));
+    /* Where rows of numbers begin with a line of the cache, no vector lies in two. */
+    float *hidden = aligned_alloc(64, (sizeof(float) * (size_t)(n->lines * (n->width + 2 * n->dim + most)) + 63) / 64 * 64);
     if (!hidden) return 1;
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
     int failed = 0;
@@ -119,19 +120,20 @@ int few_drafts(int64_t *tokens, float *probs, int64_t width, const settings *row
                int64_t count, const sizes *n, const inputs *in, const float *cos, const float *sin, float turn, float scale,
                float eps) {
     const int64_t lines = in->wanted_lines;
-    int64_t *whole = malloc((size_t)lines * (3 * sizeof(int64_t) + sizeof(float) * (size_t)(3 + e->outputs)));
-    if (!whole) return 1;
+    const size_t logits = (sizeof(float) * (size_t)(lines * e->outputs) + 63) / 64 * 64;
+    float *scores = aligned_alloc(64, logits + ((size_t)lines * (3 * sizeof(int64_t) + 3 * sizeof(float)) + 63) / 64 * 64);
+    if (!scores) return 1;
+    int64_t *whole = (int64_t *)((char *)scores + logits);
     float *parts = (float *)(whole + 3 * lines);
     for (int64_t w = 0; w < lines; w++) {
         const int64_t r = blocks->sight->line_of[in->wanted[w]];
         whole[w] = rows->top_k[r], whole[lines + w] = rows->seeds[r], whole[2 * lines + w] = rows->positions[r] + ahead;
         parts[w] = rows->temperature[r], parts[lines + w] = rows->limit[r], parts[2 * lines + w] = rows->min_p[r];
     }
-    float *scores = parts + 3 * lines;
     int failed = few_forward(scores, e, blocks, count, n, in, cos, sin, turn, scale, eps);
     if (!failed)
         failed = likely_tokens(tokens, probs, width, scores, e->outputs, lines, e->outputs, parts, parts + lines, parts + 2 * lines,
                                whole, whole + lines, whole + 2 * lines);
-    free(whole);
+    free(scores);
     return failed;
 }
