@@ -232,8 +232,8 @@ def test_drafts_that_poison_are_wiped_out(model, backend, prefix_caching, monkey
         monkeypatch.setattr("hf_paged.kernels.torch_path._native", lambda *args: None)
     with engine_of(poisoned, None, "lookup", **settings) as engine:
         speculator = engine.speculator
-        texts = speculator._texts_of
-        speculator._texts_of = lambda row, *rest: [_poison(p, row) for p in texts(row, *rest) if p is not None]
+        texts = speculator.texts.of
+        speculator.texts.of = lambda row, *rest: [_poison(p, row) for p in texts(row, *rest)]
         assert tokens(engine, prompts, params) == wanted
         assert engine.store.finite(list(range(1, 60)))
 

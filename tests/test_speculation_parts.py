@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hf_paged.integrations.cli.app import app
+from hf_paged.speculation.acceptance import Acceptance
+from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.guide import Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, continuation, lookup
 from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
 from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
+from hf_paged.speculation.texts import Texts
 from hf_paged.speculation.trial import TRIED, Trial
 
 TREE = Proposal((5, 6, 7, 8, 9), (-1, -1, 0, 1, 1), (0,) * 5, (0.5, 0.4, 0.9, 0.5, 0.25), "test")
@@ -209,3 +214,56 @@ def test_bench_speculation(tmp_path):
         assert set(row["best_trees"]) == set(row["proposers"]) and row["cost"]
     wrong = CliRunner().invoke(app, [*command, "-", "--methods", "magic"])
     assert wrong.exit_code != 0 and "magic" in wrong.output
+
+
+def _ledger(rows: int, sizes: dict[int, float]) -> Ledger:
+    table = CostTable()
+    for _ in range(4):
+        for tokens, seconds in sizes.items():
+            table.note(tokens, seconds)
+    return Ledger(table, Overhead(), rows, rows)
+
+
+def test_what_a_token_is_worth_where_nobody_waits():
+    """A step of one row takes 2, each row more 0.25: the last one to end keeps all others' time, the first its line."""
+    ledger = _ledger(4, {1: 2.0, 2: 2.25, 3: 2.5, 4: 2.75, 8: 3.75})
+    mean = 2.75 / 4
+    assert ledger.values([100, 98, 102, 99]) == pytest.approx([1.0] * 4, rel=1e-6)  # they may end in any order
+    assert ledger.values([200, 100, 50, 10]) == pytest.approx([2 / mean, *[0.25 / mean] * 3], rel=1e-6)
+    first, second, *rest = ledger.values([100, 100, 20, 5])
+    assert first == second == pytest.approx(2.25 / 2 / mean, rel=1e-6) and rest == pytest.approx([0.25 / mean] * 2)
+
+
+def test_what_a_token_is_worth_before_small_steps_were_measured():
+    ledger = _ledger(4, {4: 2.75, 8: 3.75})
+    assert ledger.values([200, 100, 50, 10]) == pytest.approx([1.0] * 4)
+
+
+def test_least_odds_of_use():
+    """Of eight rows' steps a token more costs an eighth at least: a draft must be taken as often."""
+    ledger = _ledger(8, {8: 1.0, 9: 2.0, 16: 2.0, 40: 5.0, 72: 9.0})
+    assert ledger.cheapest == pytest.approx(8 * 1.0 / 8, rel=1e-3)
+    index = NgramIndex(3)
+    tokens = [1, 2, 3, 4, 1, 2, 3]
+    assert lookup(index, tokens, 2, lambda kind: kind > 2) is None
+    assert lookup(index, tokens, 2, lambda kind: kind == 2).tokens == (4, 1)
+
+
+def test_texts_of_no_use_are_looked_at_together_and_rarely():
+    rows = [SimpleNamespace(row=SimpleNamespace(drafting=None, output_ids=[1])) for _ in range(5)]
+    texts, looks = Texts(SpeculationConfig(method="lookup"), Acceptance(), None), {}
+    for step in range(1, 400):
+        due = texts.due(rows[: 1 + step // 7], step)
+        texts.put_off(due, (), step, 5)
+        if due and step > 200:
+            looks[step] = len(due)
+    assert set(looks.values()) == {5} and 12 <= len(looks) <= 13
+    texts.put_off(rows, rows, 400, 5)
+    assert texts.due(rows, 401) == rows  # what paid once is looked at in the next step
+
+
+def test_what_drafts_do_to_the_step_behind_them_is_counted():
+    overhead = Overhead(step=1.0, drafts=0.5)
+    for _ in range(200):
+        overhead.note_after(3.3, 3.0)
+    assert overhead.seconds(0) == 1.0 and overhead.seconds(1) == pytest.approx(1.8, rel=1e-3)

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
-from hf_paged.speculation.acceptance import Acceptance, RowRecord
+from hf_paged.speculation.acceptance import Acceptance
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.guide import Guide, Ledger, Overhead
-from hf_paged.speculation.lookup import PRIOR, NgramIndex, lookup
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
 from hf_paged.speculation.stats import Tally
-from hf_paged.speculation.suffix import SuffixIndex, Text
+from hf_paged.speculation.suffix import SuffixIndex
+from hf_paged.speculation.texts import RowDrafting, Texts
 from hf_paged.speculation.trial import Trial
 
-# A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps;
-# rows that wait as long are looked at in the same ones.
-PATIENCE, LONGEST_WAIT = 3, 7
 PACED = 8  # steps of a token each that a row is taken to have made before its first
 LASTING = 0.99  # of what was expected and taken in the steps before
-
-
-@dataclass(eq=False)
-class RowDrafting:
-    """What a speculator keeps of one row.
-
-    Attributes:
-        begun: the step in which it began, had it made a token a step before it was seen.
-        records: by proposer.
-        until: the step in which texts are looked at again. misses: times on end that they were of no use.
-    """
-
-    begun: int
-    records: dict[str, RowRecord] = field(default_factory=dict)
-    ngrams: NgramIndex | None = None
-    text: Text | None = None
-    until: int = 0
-    misses: int = 0
-
-    def record(self, source: str) -> RowRecord:
-        return self.records.setdefault(source, RowRecord())
 
 
 class Speculator:
@@ -66,6 +41,7 @@ class Speculator:
     ) -> None:
         self.config, self.cost, self.overhead, self.suffixes, self.drafter = config, cost, overhead, suffixes, drafter
         self.acceptance = Acceptance()
+        self.texts = Texts(config, self.acceptance, suffixes)
         self.tallies: dict[str, Tally] = {}
         self.trial = Trial()
         self._steps = 0
@@ -95,7 +71,7 @@ class Speculator:
         """
         self._reach, self._gain, self._taken, self._plain = 0.0, 0.0, 0, 0.0
         self._steps += 1
-        asked = self._asked(rows)
+        asked = self.texts.due(rows, self._steps)
         if budget <= 0 or not (asked or self._drafts):
             return {}
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
@@ -109,7 +85,12 @@ class Speculator:
         if ledger is not None and not waits and 1 < drawn == len(rows) and all(_ends_by_length(p.row) for p in rows):
             self._values = dict(zip(rows, ledger.values([self._time_left(p.row) for p in rows]), strict=True))
         asked = [planned for planned in asked if planned in depths]
-        offers = self._known_texts(asked, depths, ledger)
+        offers = {}
+        for planned in asked:
+            least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
+            offer = self.texts.best(planned.row, self._steps, depths[planned], least)
+            if offer is not None:
+                offers[planned] = offer
         if drafts:
             drafting = [planned for planned in depths if planned not in offers]
             if ledger is not None and self.config.method == "auto":
@@ -117,7 +98,7 @@ class Speculator:
             offers |= self._drafted({planned: depths[planned] for planned in drafting}, ledger, reserve)
         chosen = self._choose(offers, ledger, budget) if offers else {}
         if ledger is not None:
-            self._put_off(asked, chosen)
+            self.texts.put_off(asked, chosen, self._steps, drawn)
         return {planned: proposal for planned, proposal in chosen.items() if reserve(planned, len(proposal))}
 
     def _deepest(self, row: Row, budget: int) -> int:
@@ -138,76 +119,7 @@ class Speculator:
         return self._values.get(planned, 1.0)
 
     def _state(self, row: Row) -> RowDrafting:
-        if row.drafting is None:
-            row.drafting = RowDrafting(self._steps - len(row.output_ids))
-        return row.drafting
-
-    # -- proposers that cost next to nothing
-
-    def _asked(self, rows: Sequence[PlanRow]) -> list[PlanRow]:
-        """The rows for which texts are looked at now."""
-        if self.config.method in ("draft", "layer_skip"):
-            return []
-        return [planned for planned in rows if self._state(planned.row).until <= self._steps]
-
-    def _put_off(self, asked: list[PlanRow], chosen: dict[PlanRow, Proposal]) -> None:
-        """Rows for which texts offer nothing that pays are asked for less and less often."""
-        longest = 1 << max(LONGEST_WAIT, self._drawn).bit_length() + 1
-        for planned in asked:
-            state = self._state(planned.row)
-            state.misses = 0 if planned in chosen else state.misses + 1
-            wait = min(1 << max(state.misses - PATIENCE, 0), longest)
-            state.until = (self._steps // wait + 1) * wait
-
-    def _known_texts(
-        self, asked: list[PlanRow], depths: dict[PlanRow, int], ledger: Ledger | None
-    ) -> dict[PlanRow, Proposal]:
-        """What lookup and the suffix index offer, of both the one that promises more."""
-        offers = {}
-        for planned in asked:
-            least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
-            found = [
-                self._with_odds(planned, p)
-                for p in self._texts_of(planned.row, depths[planned], least)
-                if p is not None
-            ]
-            if found:
-                offers[planned] = max(found, key=lambda proposal: sum(proposal.reach()))
-        return offers
-
-    def _texts_of(self, row: Row, depth: int, least: float) -> list[Proposal | None]:
-        state, found, method = self._state(row), [], self.config.method
-        if method in ("lookup", "auto"):
-            if state.ngrams is None:
-                state.ngrams = NgramIndex(self.config.max_matching_ngram_size)
-            record = state.record("lookup")
-
-            def hopeful(kind: int) -> bool:
-                return self.acceptance.odds("lookup", kind, 1, PRIOR[kind], record) >= least
-
-            found.append(lookup(state.ngrams, row.tokens, depth, hopeful))
-        if method in ("suffix", "auto") and self.suffixes is not None:
-            if state.text is None:
-                state.text = self.suffixes.open(row.tokens, self._reader(row))
-            found.append(self.suffixes.propose(state.text, depth, self.config.tree_width))
-        return found
-
-    @staticmethod
-    def _reader(row: Row) -> Hashable:
-        """Who may see a row's text: rows of the same salt, or the row alone where its request shares nothing.
-
-        Whether the engine shares KV does not matter.
-        """
-        return row if row.request.params.prefix_caching is False else row.salt
-
-    def _with_odds(self, planned: PlanRow, proposal: Proposal) -> Proposal:
-        """The same with the odds that were seen."""
-        record, depths = self._state(planned.row).record(proposal.source), proposal.depths()
-        odds = [
-            self.acceptance.odds(proposal.source, kind, depth, prior, record)
-            for kind, depth, prior in zip(proposal.kinds, depths, proposal.odds, strict=True)
-        ]
-        return Proposal(proposal.tokens, proposal.parents, proposal.kinds, tuple(odds), proposal.source)
+        return RowDrafting.of(row, self._steps)
 
     # -- the draft model
 

@@ -1,0 +1,122 @@
+"""Drafts that cost next to nothing: what known texts have behind the same tokens, and when it is worth to look."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from hf_paged.plan import PlanRow
+from hf_paged.request import Row
+from hf_paged.speculation.acceptance import Acceptance, RowRecord
+from hf_paged.speculation.config import SpeculationConfig
+from hf_paged.speculation.lookup import PRIOR, NgramIndex, lookup
+from hf_paged.speculation.proposal import Proposal
+from hf_paged.speculation.suffix import SuffixIndex, Text
+
+# A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps, up
+# to some times as many as rows draw; rows that wait as long are looked at in the same ones.
+PATIENCE, LEAST_LONGEST = 3, 7
+
+
+@dataclass(eq=False)
+class RowDrafting:
+    """What a speculator keeps of one row.
+
+    Attributes:
+        begun: the step in which it began, had it made a token a step before it was seen.
+        records: by proposer.
+        until: the step in which texts are looked at again. misses: times on end that they were of no use.
+    """
+
+    begun: int
+    records: dict[str, RowRecord] = field(default_factory=dict)
+    ngrams: NgramIndex | None = None
+    text: Text | None = None
+    until: int = 0
+    misses: int = 0
+
+    @classmethod
+    def of(cls, row: Row, step: int) -> RowDrafting:
+        """That of `row`, made at `step` where there is none yet."""
+        if row.drafting is None:
+            row.drafting = cls(step - len(row.output_ids))
+        return row.drafting
+
+    def record(self, source: str) -> RowRecord:
+        return self.records.setdefault(source, RowRecord())
+
+
+class Texts:
+    """Lookup and the suffix index, as the settings have them.
+
+    Args:
+        acceptance: of the speculator that asks.
+        suffixes: None where they are not asked for.
+    """
+
+    def __init__(self, config: SpeculationConfig, acceptance: Acceptance, suffixes: SuffixIndex | None) -> None:
+        self.config, self.acceptance, self.suffixes = config, acceptance, suffixes
+
+    def due(self, rows: Sequence[PlanRow], step: int) -> list[PlanRow]:
+        """The rows for which texts are looked at in this step."""
+        if self.config.method in ("draft", "layer_skip"):
+            return []
+        return [planned for planned in rows if RowDrafting.of(planned.row, step).until <= step]
+
+    def put_off(self, asked: Sequence[PlanRow], chosen: Container[PlanRow], step: int, drawn: int) -> None:
+        """Rows that were looked at: those for which nothing paid are looked at less and less often.
+
+        Args:
+            chosen: those of which drafts are verified. drawn: rows that draw in the step.
+        """
+        longest = 1 << max(LEAST_LONGEST, drawn).bit_length() + 1
+        for planned in asked:
+            state = RowDrafting.of(planned.row, step)
+            state.misses = 0 if planned in chosen else state.misses + 1
+            wait = min(1 << max(state.misses - PATIENCE, 0), longest)
+            state.until = (step // wait + 1) * wait
+
+    def best(self, row: Row, step: int, depth: int, least: float) -> Proposal | None:
+        """What lookup and the suffix index offer, of both the one that promises more.
+
+        Args:
+            depth: drafts at most. least: odds of the first one below which they are of no use.
+        """
+        state = RowDrafting.of(row, step)
+        found = [self._with_odds(state, proposal) for proposal in self.of(row, state, depth, least)]
+        return max(found, key=lambda proposal: sum(proposal.reach()), default=None)
+
+    def of(self, row: Row, state: RowDrafting, depth: int, least: float) -> list[Proposal]:
+        """What each of them offers, with its own odds."""
+        found, method = [], self.config.method
+        if method in ("lookup", "auto"):
+            if state.ngrams is None:
+                state.ngrams = NgramIndex(self.config.max_matching_ngram_size)
+            record = state.record("lookup")
+
+            def hopeful(kind: int) -> bool:
+                return self.acceptance.odds("lookup", kind, 1, PRIOR[kind], record) >= least
+
+            found.append(lookup(state.ngrams, row.tokens, depth, hopeful))
+        if method in ("suffix", "auto") and self.suffixes is not None:
+            if state.text is None:
+                state.text = self.suffixes.open(row.tokens, _reader(row))
+            found.append(self.suffixes.propose(state.text, depth, self.config.tree_width))
+        return [proposal for proposal in found if proposal is not None]
+
+    def _with_odds(self, state: RowDrafting, proposal: Proposal) -> Proposal:
+        """The same with the odds that were seen."""
+        record, depths = state.record(proposal.source), proposal.depths()
+        odds = [
+            self.acceptance.odds(proposal.source, kind, depth, prior, record)
+            for kind, depth, prior in zip(proposal.kinds, depths, proposal.odds, strict=True)
+        ]
+        return Proposal(proposal.tokens, proposal.parents, proposal.kinds, tuple(odds), proposal.source)
+
+
+def _reader(row: Row) -> Hashable:
+    """Who may see a row's text: rows of the same salt, or the row alone where its request shares nothing.
+
+    Whether the engine shares KV does not matter.
+    """
+    return row if row.request.params.prefix_caching is False else row.salt
