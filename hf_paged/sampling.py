@@ -173,7 +173,7 @@ def _take_largest(
 def _largest(scores: torch.Tensor) -> tuple[list[float], list[int]]:
     """The largest of each row, NaN where there is one, and the first place where it stands."""
     if scores.device.type == "cpu" and scores.numel() <= FEW_SCORES:
-        array = scores.numpy()
+        array = scores.detach().numpy()
         ids = array.argmax(axis=1).tolist()
         return [float(row[token]) for row, token in zip(array, ids, strict=True)], ids
     tops, ids = scores.max(dim=1)

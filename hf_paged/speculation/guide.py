@@ -15,10 +15,8 @@ from hf_paged.plan import PlanRow
 from hf_paged.speculation.acceptance import Acceptance, RowRecord
 from hf_paged.speculation.cost import STRAY, CostTable
 
-NEAR, FAR = (
-    4,
-    16,
-)  # rows that differ by so many steps may end in any order; while the end is far, that share of the rest
+NEAR = 4  # rows that differ by so many steps may end in any order
+FAR = 16  # and by this part of what is left of them
 MARGIN = 1.04  # a step with drafts must promise so much more than one without
 NODE = 15e-6  # seconds of a draft outside all forwards
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of drafts that stand for all
@@ -46,7 +44,8 @@ class Overhead:
 
     def note_after(self, seconds: float, usual: float) -> None:
         """Add a forward behind a step with drafts, and what it would usually take."""
-        self.after += (min(max(seconds / usual - 1, -STRAY), STRAY) * usual - self.after) / 16
+        missed = min(max(seconds / usual - 1, -STRAY), STRAY) * usual
+        self.after = max(self.after + (missed - self.after) / 16, 0.0)
 
     def seconds(self, nodes: float) -> float:
         """Of a step with so many drafts, what it does to the next one included."""

@@ -81,16 +81,10 @@ class Speculator:
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths:
             return {}
-        self._values = {}
-        if ledger is not None and not waits and 1 < drawn == len(rows) and all(_ends_by_length(p.row) for p in rows):
-            self._values = dict(zip(rows, ledger.values([self._time_left(p.row) for p in rows]), strict=True))
+        closed = ledger is not None and not waits and 1 < drawn == len(rows)
+        self._values = self._valued(rows, ledger) if closed else {}
         asked = [planned for planned in asked if planned in depths]
-        offers = {}
-        for planned in asked:
-            least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
-            offer = self.texts.best(planned.row, self._steps, depths[planned], least)
-            if offer is not None:
-                offers[planned] = offer
+        offers = self._looked_up(asked, depths, ledger)
         if drafts:
             drafting = [planned for planned in depths if planned not in offers]
             if ledger is not None and self.config.method == "auto":
@@ -109,6 +103,26 @@ class Speculator:
     def _drafts(self) -> bool:
         """Whether there is a draft model that serves."""
         return self.drafter is not None and not self.drafter.failed
+
+    def _looked_up(
+        self, asked: Sequence[PlanRow], depths: dict[PlanRow, int], ledger: Ledger | None
+    ) -> dict[PlanRow, Proposal]:
+        """What texts offer."""
+        offers = {}
+        for planned in asked:
+            least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
+            offer = self.texts.best(planned.row, self._steps, depths[planned], least)
+            if offer is not None:
+                offers[planned] = offer
+        return offers
+
+    # -- what a token is worth
+
+    def _valued(self, rows: Sequence[PlanRow], ledger: Ledger) -> dict[PlanRow, float]:
+        """What a token of each row is worth, where it is known when they end."""
+        if not all(_ends_by_length(planned.row) for planned in rows):
+            return {}
+        return dict(zip(rows, ledger.values([self._time_left(planned.row) for planned in rows]), strict=True))
 
     def _time_left(self, row: Row) -> float:
         """Steps until a row ends, if it goes on as it did so far."""
