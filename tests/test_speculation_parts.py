@@ -267,3 +267,13 @@ def test_what_drafts_do_to_the_step_behind_them_is_counted():
     for _ in range(200):
         overhead.note_after(3.3, 3.0)
     assert overhead.seconds(0) == 1.0 and overhead.seconds(1) == pytest.approx(1.8, rel=1e-3)
+
+
+def test_a_first_trial_that_fails_is_soon_repeated():
+    """Drafts that gain a third, on a machine that stumbled while they were tried first."""
+    trial, drafted = Trial(), [False]
+    for step in range(3000):
+        drafted.append(trial.drafts(1))
+        drafts = 20.0 if not drafted[-2] else 2.5 if step < 60 else 1.5  # the first of some catches up
+        trial.note(2.0 if drafted[-1] else 1.0, drafts if drafted[-1] else 1.0)
+    assert not any(drafted[60:300]) and np.mean(drafted[1200:]) > 0.9

@@ -17,7 +17,9 @@ TRIED, FEWER = 6, 3  # steps of a trial; of one with several rows, which say mor
 SHORT, LONG, GROWTH = 12, 384, 8  # steps between trials: more as long as the same turns out to be faster
 KEPT = 24  # steps of a kind that count
 MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, which trials do not show
-PAYING, DEAREST = 100, 40  # steps without drafts for each that the draft model spent on catching up, of at most so many
+SURE = 4  # trials after which what was seen can be relied on
+# Then so many steps without drafts for each that the draft model spent on catching up, of at most so many.
+PAYING, DEAREST = 100, 40
 STUMBLE = 1.5  # a step counts as so many times the usual one at most
 
 
@@ -57,6 +59,10 @@ class Batch:
         without, drafted = map(_rate, self.seen)
         return drafted / without
 
+    def _sure(self) -> float:
+        """How far what was seen of drafts can be relied on: after a first trial it may have been chance."""
+        return min(len(self.seen[True]) / (SURE * self.tried), 1.0)
+
     def turn(self) -> None:
         """The next phase."""
         if self.noted <= self.tried // 2:
@@ -67,7 +73,7 @@ class Batch:
             best = self.gain() > MARGIN
             self.span = min(GROWTH * self.span, LONG) if best == self.best else SHORT
             self.best, self.trying = best, False
-            self.left = self.span if best else max(self.span, int(PAYING * min(self.toll, DEAREST)))
+            self.left = self.span if best else max(self.span, int(self._sure() * PAYING * min(self.toll, DEAREST)))
         else:
             self.trying, self.left = True, self.tried
         self.noted, self.fresh = 0, self.mode and not mode
