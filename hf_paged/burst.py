@@ -42,7 +42,7 @@ def burst_length(work: Sequence[PlanRow], core: EngineCore) -> int:
     if not all(_simple(planned) for planned in work):
         return 0
     left = np.array([planned.row.request.max_tokens - len(planned.row.output_ids) for planned in work])
-    waits = len(core.roster.running) > len(work) or next(core.roster.waiting(), None) is not None
+    waits = len(core.roster.running) > len(work) or core.roster.waits
     most = min(WHILE_OTHERS_WAIT, left.min()) if waits else left.max()
     steps, memory = int(min(core.stepper.most, most)), core.memory
     computed = np.array([planned.sequence.computed for planned in work])

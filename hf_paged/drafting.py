@@ -103,9 +103,7 @@ class Drafting:
 
     # -- before the forward
 
-    def propose(
-        self, work: list[PlanRow], most: int, waits: bool = False
-    ) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
+    def propose(self, work: list[PlanRow], most: int, waits: bool) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
         """`work` with drafts behind the last tokens of rows, up to `most` tokens in all, and these drafts.
 
         Args:
@@ -122,14 +120,13 @@ class Drafting:
         tokens = sum(planned.count for planned in work)
         drawn = sum(planned.count == planned.sequence.pending for planned in work)
         found: dict[PlanRow, Proposal] = {}
-        self._nodes = 0
         for speculator, rows in groups.items():
             made = speculator.propose(rows, tokens, drawn, most - tokens, waits, self._reserve)
             tokens += sum(map(len, made.values()))
             found |= made
+        self._nodes = sum(map(len, found.values()))
         if not found:
             return work, found
-        self._nodes = sum(map(len, found.values()))
         wider = [self._with_drafts(planned, found.get(planned)) for planned in work]
         drafts = {new: found[old] for old, new in zip(work, wider, strict=True) if old in found}
         # Decodes first, then drafts, then prompts.

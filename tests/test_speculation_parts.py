@@ -118,7 +118,7 @@ def test_costs_between_measurements():
         for tokens, seconds in ((1, 1.0), (5, 3.0), (3, 9.0)):
             table.note(tokens, seconds)
     assert table.seconds(1) == 1
-    assert table.seconds(3) == table.seconds(5) == pytest.approx(6)  # a smaller size never costs more than a larger one
+    assert table.seconds(3) == table.seconds(5) == 6  # a smaller size never costs more than a larger one
     assert table.seconds(2) == pytest.approx(3.5)
     assert table.seconds(10) == pytest.approx(6 * 1.05)
 
@@ -196,7 +196,7 @@ def test_trials_are_rare_where_catching_up_is_dear():
         cost = 1.0 if first else 30.0 if trial._now.fresh else 1.5
         spent += cost
         trial.note(1.0, cost)
-    assert 3010 < spent < 3100
+    assert 3030 < spent < 3100
 
 
 def test_bench_speculation(tmp_path):

@@ -19,25 +19,25 @@ EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an ei
 
 @dataclass(eq=False, slots=True)
 class Size:
-    """Forwards of one size: the logarithm of the seconds that they take at a usual pace, from so many of them."""
+    """Forwards of one size: the seconds that they take at the usual pace, from so many of them."""
 
     tokens: int
     count: int = 0
-    level: float = inf
+    seconds: float = inf
 
 
 class CostTable:
     """Seconds of a forward over so many tokens: as measured, straight lines between.
 
     A machine that is shared is quicker at one time than at another, and sizes are not measured at the same times. So
-    the logarithm of what a forward takes is its size's level plus the machine's pace, and what it misses by moves both,
-    the pace by far more. While forwards are of one size, its level thus moves by a small share of how far the pace has
-    moved since, however many they are: sizes that are not measured meanwhile do not seem dear or cheap for it. Nor do
-    they where a forward takes longer because the one before was of another size: the next ones take that back.
+    what a forward takes is its size's seconds times the machine's pace, and the factor by which it misses them moves
+    both, the pace by far more. While forwards are of one size, its seconds thus move by a small share of how far the
+    pace has moved since, however many they are: sizes that are not measured meanwhile do not seem dear or cheap for it.
+    Nor do they where a forward takes longer because the one before was of another size: the next ones take that back.
     """
 
     def __init__(self) -> None:
-        self._pace = 0.0
+        self._pace = 1.0
         self._seen: dict[int, Size] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
@@ -54,13 +54,13 @@ class CostTable:
         if size is None:
             self._seen[bucket] = Size(tokens)
             return
-        size.tokens, level = tokens, log(max(seconds, 1e-9)) - self._pace
+        size.tokens, usual = tokens, max(seconds, 1e-9) / self._pace
         if size.count < KNOWN:
-            size.level = min(size.level, level)
+            size.seconds = min(size.seconds, usual)
         else:
-            missed = min(max(level - size.level, -STRAY), STRAY)
-            self._pace += FOLLOW * missed
-            size.level += missed / (2 * min(size.count, SETTLED))
+            missed = min(max(log(usual / size.seconds), -STRAY), STRAY)
+            self._pace *= exp(FOLLOW * missed)
+            size.seconds *= exp(missed / (2 * min(size.count, SETTLED)))
         size.count += 1
         self._notes += 1
         if size.count < SETTLED or self._notes % SETTLED == 0:
@@ -81,7 +81,7 @@ class CostTable:
         runs: list[tuple[float, float, int]] = []  # sum, weight and sizes of those that share a mean
         for size in known:
             weight = min(size.count, SETTLED)
-            runs.append((exp(size.level) * weight, weight, 1))
+            runs.append((size.seconds * weight, weight, 1))
             while len(runs) > 1 and runs[-2][0] * runs[-1][1] > runs[-1][0] * runs[-2][1]:
                 last = runs.pop()
                 runs[-1] = tuple(a + b for a, b in zip(runs[-1], last, strict=True))
@@ -93,7 +93,7 @@ class CostTable:
         Beyond what was measured a token more costs what one of a prompt does; where none was read, a twentieth of what
         one did up to there: what is not known is tried.
         """
-        return self._at(tokens) * exp(self._pace) if self._sizes and tokens > 0 else 0.0
+        return self._at(tokens) * self._pace if self._sizes and tokens > 0 else 0.0
 
     def _at(self, tokens: float) -> float:
         sizes, seconds = self._sizes, self._seconds
@@ -115,4 +115,4 @@ class CostTable:
 
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""
-        return [(size, seconds * exp(self._pace)) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
+        return [(size, seconds * self._pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]

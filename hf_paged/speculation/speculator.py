@@ -166,17 +166,17 @@ class Speculator:
     def _choose(self, offers: dict[PlanRow, Proposal], ledger: Ledger | None, budget: int) -> dict[PlanRow, Proposal]:
         """The drafts that are worth their place, over all rows: those with the best odds first."""
         nodes = [
-            (reach * self._value(planned), -index, planned)
+            (reach * self._value(planned), -index, planned, reach)
             for planned, proposal in offers.items()
             for index, reach in enumerate(proposal.reach()[:MOST_NODES])
         ]
         nodes.sort(key=lambda node: (-node[0], -node[1]))
-        reaches = [reach for reach, _, _ in nodes]
-        count = budget if ledger is None else min(ledger.best(reaches)[1], budget)
-        self._gain = sum(reaches[:count])
-        self._reach = sum(worth / max(self._value(planned), 1e-9) for worth, _, planned in nodes[:count])
+        worths = [worth for worth, _, _, _ in nodes]
+        count = budget if ledger is None else min(ledger.best(worths)[1], budget)
+        self._gain = sum(worths[:count])
+        self._reach = sum(reach for _, _, _, reach in nodes[:count])
         chosen: dict[PlanRow, list[int]] = {}
-        for _, index, planned in nodes[:count]:
+        for _, index, planned, _ in nodes[:count]:
             chosen.setdefault(planned, []).append(-index)
         return {planned: self._in_order(offers[planned], set(indices)) for planned, indices in chosen.items()}
 

@@ -1,6 +1,7 @@
 /* A forward over a few lines, from tokens to logits, through pre-norm blocks of rotary attention and gated MLP: for one request
  * alone, calls from Python take longer than what they call. */
 #include "blocks.h"
+#include "lanes.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -87,8 +88,7 @@ int few_forward(float *logits, const ends *e, const block *blocks, int64_t count
     const int64_t most = n->width + (2 * n->heads + 2 * n->kv_heads) * n->dim + n->inner; /* floats of `run_block`, a line */
     for (int64_t l = 0; l < n->lines; l++)
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
-    /* Where rows of numbers begin with a line of the cache, no vector lies in two. */
-    float *hidden = aligned_alloc(64, (sizeof(float) * (size_t)(n->lines * (n->width + 2 * n->dim + most)) + 63) / 64 * 64);
+    float *hidden = whole_lines(sizeof(float) * (size_t)(n->lines * (n->width + 2 * n->dim + most)));
     if (!hidden) return 1;
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
     int failed = 0;
@@ -120,8 +120,8 @@ int few_drafts(int64_t *tokens, float *probs, int64_t width, const settings *row
                int64_t count, const sizes *n, const inputs *in, const float *cos, const float *sin, float turn, float scale,
                float eps) {
     const int64_t lines = in->wanted_lines;
-    const size_t logits = (sizeof(float) * (size_t)(lines * e->outputs) + 63) / 64 * 64;
-    float *scores = aligned_alloc(64, logits + ((size_t)lines * (3 * sizeof(int64_t) + 3 * sizeof(float)) + 63) / 64 * 64);
+    const size_t logits = (size_t)(lines * e->outputs + 1) / 2 * sizeof(int64_t); /* what is behind them is of 8 bytes */
+    float *scores = whole_lines(logits + (size_t)lines * (3 * sizeof(int64_t) + 3 * sizeof(float)));
     if (!scores) return 1;
     int64_t *whole = (int64_t *)((char *)scores + logits);
     float *parts = (float *)(whole + 3 * lines);

@@ -345,7 +345,7 @@ static int work(const task *a, const int64_t *items) {
     const int64_t lines = LINES * sizeof(float), all = a->step->rows * a->kv_heads;
     const size_t floats = KEYS * a->dim + a->heads / a->kv_heads * a->stride;
     scratch s;
-    char *memory = aligned_alloc(64, (lines * (a->dim + a->value_dim + CHUNK) + sizeof(float) * floats + 63) / 64 * 64);
+    char *memory = whole_lines(lines * (a->dim + a->value_dim + CHUNK) + sizeof(float) * floats);
     if (!memory) return 1;
     s.query = (lanes *)memory;
     s.out = (lanes *)(memory + lines * a->dim);

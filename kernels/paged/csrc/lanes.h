@@ -3,11 +3,17 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Memory that begins with a line of the cache: where rows of numbers are such lines, no vector lies in two. NULL where there is none. */
+INLINE void *whole_lines(size_t bytes) {
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
 
 #if defined __AVX512F__
 #define LANES 16
