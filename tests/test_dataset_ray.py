@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,26 @@ MODEL = str(BUNDLED / "models" / "target")
 JOB = dict(template="Question: {{ question }}\nAnswer:", max_tokens=8, sampling={"temperature": 0.8}, seed=3)
 JOB |= dict(max_sequences=2, num_pages=256)
 SCRIPT = """
-import json, sys, ray
-from hf_paged.integrations.datasets import generate_dataset
+import json, os, signal, sys, ray
+from hf_paged.integrations.datasets import generate_dataset, ray_backend
+
+model, data, out, marker, job = sys.argv[1:]
+
+
+class Killed(ray_backend.Worker):
+    # Whoever has sent some of its rows first is killed, once: the marker can be made only once.
+    def __call__(self, batch):
+        for block in super().__call__(batch):
+            yield block
+            try:
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+ray_backend.Worker = Killed
 ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
-model, data, out, job = sys.argv[1:]
 summary = generate_dataset(model, data, out, backend="ray", workers=2, window=8, **json.loads(job))
 print("SUMMARY", json.dumps(summary.to_dict()))
 """
@@ -52,51 +67,28 @@ def lines(folder: Path) -> list[bytes]:
     return sorted(found, key=lambda line: json.loads(line)["row"])
 
 
-def workers_of(driver: int) -> list:
-    """Actors of the Ray that `driver` has started."""
-    import psutil
-
-    found = psutil.Process(driver).children(recursive=True)
-    return [process for process in found if "MapWorker" in " ".join(process.cmdline())]
-
-
 @pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_and_doubles_nothing(tmp_path):
     pytest.importorskip("ray.data", reason="Ray is not installed")
-    pytest.importorskip("psutil")
-    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data, out, marker = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "killed"
     data.write_text("".join(json.dumps({"question": f"What is {i} + {3 * i % 7}?"}) + "\n" for i in range(160)))
     generate_dataset(MODEL, str(data), tmp_path / "alone", **JOB)
-    command = [sys.executable, "-c", SCRIPT, MODEL, str(data), str(out)]
+    command = [sys.executable, "-c", SCRIPT, MODEL, str(data), str(out), str(marker)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(limit: int) -> subprocess.Popen:
+    def run(limit: int) -> str:
+        job = json.dumps(JOB | {"limit": limit})
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen([*command, json.dumps(JOB | {"limit": limit})], env=environment, **pipes)
+        done = subprocess.run([*command, job], env=environment, timeout=600, **pipes)
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
 
-    driver, killed = start(120), 0
-    until = time.monotonic() + 300
-    while driver.poll() is None and not killed and time.monotonic() < until:
-        if 0 < len(lines_safely(out)) < 100:
-            workers = workers_of(driver.pid)
-            if workers:
-                workers[0].kill()
-                killed = workers[0].pid
-        time.sleep(0.05)
-    said, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, said[-4000:]
-    assert killed
+    run(120)
+    assert marker.exists(), "no worker was killed"
     expected = lines(tmp_path / "alone")
     assert lines(out) == expected[:120]
-    said, _ = (again := start(160)).communicate(timeout=300)
-    assert again.returncode == 0, said[-4000:]
+    said = run(160)
     assert lines(out) == expected and len(expected) == 160
     summary = json.loads(said[said.index("SUMMARY") + 8 :].splitlines()[0])
     assert (summary["rows"], summary["rows_before"], summary["finished"]) == (40, 120, True)
     assert summary["generated_tokens"] == sum(len(json.loads(line)["token_ids"]) for line in expected[120:])
-
-
-def lines_safely(folder: Path) -> list[bytes]:
-    """Whole lines of files that are being written."""
-    found = [line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines(True)]
-    return [line for line in found if line.endswith(b"\n")]
