@@ -103,11 +103,13 @@ class Drafting:
 
     # -- before the forward
 
-    def propose(self, work: list[PlanRow], most: int, waits: bool) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
+    def propose(
+        self, work: list[PlanRow], most: int, waits: bool, soon: int
+    ) -> tuple[list[PlanRow], dict[PlanRow, Proposal]]:
         """`work` with drafts behind the last tokens of rows, up to `most` tokens in all, and these drafts.
 
         Args:
-            waits: whether rows wait for the places of these.
+            waits: whether rows wait for the places of these. soon: rows that decode once prompts have been read.
         """
         if not self.speculators:
             return work, {}
@@ -121,7 +123,7 @@ class Drafting:
         drawn = sum(planned.count == planned.sequence.pending for planned in work)
         found: dict[PlanRow, Proposal] = {}
         for speculator, rows in groups.items():
-            made = speculator.propose(rows, tokens, drawn, most - tokens, waits, self._reserve)
+            made = speculator.propose(rows, tokens, drawn, most - tokens, waits, soon, self._reserve)
             tokens += sum(map(len, made.values()))
             found |= made
         self._nodes = sum(map(len, found.values()))

@@ -206,7 +206,8 @@ class EngineCore:
             decision = self._decide()
             self._apply(decision)
             work = self._reserve(decision)
-            work, drafts = self.drafting.propose(work, self.settings.max_batch_tokens, self.roster.waits)
+            soon = self.roster.soon(self.settings.max_sequences)
+            work, drafts = self.drafting.propose(work, self.settings.max_batch_tokens, self.roster.waits, soon)
             if work and not (self.stepper is not None and not drafts and run_burst(self, work, result)):
                 logits = self._forward(work)
                 self._conclude(work, drafts, logits, result)

@@ -41,6 +41,10 @@ class Roster:
         """Whether any row waits."""
         return bool(self._waiting)
 
+    def soon(self, most: int) -> int:
+        """Rows that decode side by side once prompts have been read, of which there is place for `most`."""
+        return min(len(self.running) + len(self._waiting), most)
+
     def waiting(self) -> Iterator[Row]:
         """Rows that wait, in the order in which they should be admitted."""
         return reversed(self._waiting)

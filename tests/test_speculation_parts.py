@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_paged.integrations.cli.app import app
 from hf_paged.speculation.acceptance import Acceptance
 from hf_paged.speculation.config import SpeculationConfig
-from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.cost import KNOWN, CostTable
 from hf_paged.speculation.guide import Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, continuation, lookup
 from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
@@ -162,6 +162,28 @@ def test_costs_where_a_change_of_size_costs_too():
             table.note(size, true[size] * (1.2 if place == 1 else 1) * (1 + 0.05 * rng.random()))
     usual = table.seconds(8)
     assert [table.seconds(size) / usual for size in true] == pytest.approx(list(true.values()), rel=0.08)
+
+
+def test_costs_of_sizes_that_come_one_by_one():
+    """A size's first forwards vary as all do: taken for too quick, they raise the pace, and later sizes seem cheap."""
+    off = []
+    for seed in range(8):
+        rng, table = np.random.default_rng(seed), CostTable()
+        for round in range(150):
+            drafted = 8 + rng.integers(1, 2 + min(round // 4, 16), 4)
+            for size in (*(8,) * 12, *drafted.tolist()):
+                table.note(size, size * max(0.8, 1 + 0.1 * rng.normal()))
+        off += [table.seconds(size) / table.seconds(8) * 8 / size for size in range(9, 25)]
+    assert np.mean(off) == pytest.approx(1, rel=0.03)
+
+
+def test_nothing_is_drafted_beside_steps_that_are_not_known():
+    table = CostTable()
+    for _ in range(KNOWN):
+        table.note(8, 1.0)
+    assert not table.knows(8)  # the first one does not count
+    table.note(8, 1.0)
+    assert table.knows(8) and table.knows(20) and not table.knows(7)
 
 
 @pytest.mark.parametrize("faster", [True, False])

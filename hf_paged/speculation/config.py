@@ -8,6 +8,7 @@ from typing import Any
 from hf_paged.config import is_int, require
 
 METHODS = ("off", "draft", "lookup", "suffix", "layer_skip", "auto")
+USUAL, LONGEST = 8, 32  # drafts one behind another where nothing is said: of all; of texts that repeat others
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class SpeculationConfig:
         method: `draft` (a draft model), `lookup` (n-grams of the row's own tokens), `suffix` (continuations seen in any
             text), `layer_skip` (the target's first layers), `auto` (of what is there, what pays most, row by row), or
             `off`.
-        max_draft_tokens: most draft tokens one behind another, 0 to 64.
+        max_draft_tokens: most draft tokens one behind another, 0 to 64. Default: 8, and of a text that repeats another
+            one as many as the two had in common just before, up to 32 (after SuffixDecoding; `adaptive` only).
         tree_width: most draft tokens beside each other, 1 to 8; with 1 drafts never branch.
         adaptive: draft only as much as pays by measured acceptance and cost; False: always `max_draft_tokens`.
         max_matching_ngram_size: longest n-gram that lookup matches, 1 to 16.
@@ -28,7 +30,7 @@ class SpeculationConfig:
     """
 
     method: str = "auto"
-    max_draft_tokens: int = 8
+    max_draft_tokens: int | None = None
     tree_width: int = 4
     adaptive: bool = True
     max_matching_ngram_size: int = 3
@@ -45,7 +47,8 @@ class SpeculationConfig:
             ("suffix_tokens", 64, 1 << 28),
         ):
             value = getattr(self, name)
-            self._require(is_int(value) and low <= value <= high, name, f"an integer from {low} to {high}")
+            unsaid = value is None and name == "max_draft_tokens"
+            self._require(unsaid or (is_int(value) and low <= value <= high), name, f"an integer from {low} to {high}")
         self._require(isinstance(self.adaptive, bool), "adaptive", "True or False")
         value = self.confidence_threshold
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -64,6 +67,16 @@ class SpeculationConfig:
     def off(self) -> bool:
         """Whether nothing is ever drafted."""
         return self.method == "off" or self.max_draft_tokens == 0
+
+    @property
+    def deepest(self) -> int:
+        """Most drafts one behind another of a draft model, and of texts that have little in common."""
+        return USUAL if self.max_draft_tokens is None else self.max_draft_tokens
+
+    @property
+    def deepest_of_texts(self) -> int:
+        """Most of texts."""
+        return LONGEST if self.max_draft_tokens is None and self.adaptive else self.deepest
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> SpeculationConfig:

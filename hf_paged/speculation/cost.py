@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, inf, log, log2
 from statistics import median
 
-KNOWN = 3  # measurements of a size before they count: one that stumbled would bar it for good
+KNOWN = 3  # measurements of a size before they count, by their median: one that stumbled would bar it for good
 FOLLOW = 0.6  # share of what a forward took more or less than expected that is put down to the machine's pace
 SETTLED = 64  # measurements of a size after which a single one moves it as little as it ever will
 STRAY = 0.25  # a measurement counts as so far off at most, in powers of e: a machine stumbles now and then
@@ -19,11 +19,12 @@ EXACT = 16  # sizes up to this one are kept apart; larger ones in steps of an ei
 
 @dataclass(eq=False, slots=True)
 class Size:
-    """Forwards of one size: the seconds that they take at the usual pace, from so many of them."""
+    """Forwards of one size: the seconds that they take at the usual pace, how many there were, and the first ones."""
 
     tokens: int
     count: int = 0
     seconds: float = inf
+    first: list[float] = field(default_factory=list)
 
 
 class CostTable:
@@ -56,7 +57,9 @@ class CostTable:
             return
         size.tokens, usual = tokens, max(seconds, 1e-9) / self._pace
         if size.count < KNOWN:
-            size.seconds = min(size.seconds, usual)
+            # The least of them would be too little, for which the pace, and with it every size to come, would make up.
+            size.first.append(usual)
+            size.seconds = median(size.first)
         else:
             missed = min(max(log(usual / size.seconds), -STRAY), STRAY)
             self._pace *= exp(FOLLOW * missed)
@@ -86,6 +89,10 @@ class CostTable:
                 last = runs.pop()
                 runs[-1] = tuple(a + b for a, b in zip(runs[-1], last, strict=True))
         self._seconds = [total / weight for total, weight, count in runs for _ in range(count)]
+
+    def knows(self, tokens: int) -> bool:
+        """Whether forwards over so few tokens have been measured, or over fewer: what more would cost is known."""
+        return any(size.count >= KNOWN and size.tokens <= tokens for size in self._seen.values())
 
     def seconds(self, tokens: float) -> float:
         """What a forward over `tokens` tokens should take now.

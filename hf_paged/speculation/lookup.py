@@ -69,12 +69,17 @@ PRIOR = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # by `match_kind`, until something
 
 
 def lookup(
-    index: NgramIndex, tokens: Sequence[int], count: int, hopeful: Callable[[int], bool] | None = None
+    index: NgramIndex,
+    tokens: Sequence[int],
+    count: int,
+    hopeful: Callable[[int], bool] | None = None,
+    usual: int | None = None,
 ) -> Proposal | None:
     """Up to `count` tokens that followed the longest n-gram known.
 
     Args:
         hopeful: says of which kinds of matches drafts can be of use. Default: of all.
+        usual: drafts behind a match that is no longer than that; behind others at most as many as it has tokens.
     """
     index.update(tokens)
     found = index.find(tokens) if count > 0 else None
@@ -84,7 +89,7 @@ def lookup(
     kind = match_kind(length)
     if hopeful is not None and not hopeful(kind):
         return None
-    drafts = continuation(tokens, start, count)
+    drafts = continuation(tokens, start, count if usual is None else min(count, max(usual, length)))
     return Proposal(
         tuple(drafts),
         tuple(range(-1, len(drafts) - 1)),

@@ -48,7 +48,6 @@ class Speculator:
         self._plain = 0.0  # seconds of this step, were it without drafts
         self._drawn = 0  # rows that draw in it
         self._reach, self._taken = 0.0, 0  # drafts of this step that are expected to be taken, and that were
-        self._gain = 0.0  # what those expected are worth, in tokens
         self._values: dict[PlanRow, float] = {}  # what a token of a row is worth, where that is not 1
         self._reached, self._took = 0.0, 0.0  # the same of the latest steps
 
@@ -59,6 +58,7 @@ class Speculator:
         drawn: int,
         budget: int,
         waits: bool,
+        soon: int,
         reserve: Callable[[PlanRow, int], bool],
     ) -> dict[PlanRow, Proposal]:
         """Drafts for some of `rows`, each of which is to compute its last token.
@@ -66,17 +66,20 @@ class Speculator:
         Args:
             tokens, drawn: tokens that the step computes, and rows that draw, without drafts.
             budget: drafts that the step can take.
-            waits: whether other rows wait for the places of these.
+            waits: whether other rows wait for the places of these. soon: rows that decode once prompts have been read;
+                a draft model that does not pay for so many has read prompts in vain.
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
-        self._reach, self._gain, self._taken, self._plain = 0.0, 0.0, 0, 0.0
+        self._reach, self._taken, self._plain = 0.0, 0, 0.0
         self._steps += 1
         asked = self.texts.due(rows, self._steps)
         if budget <= 0 or not (asked or self._drafts):
             return {}
-        ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive and self.cost else None
+        if self.config.adaptive and not self.cost.knows(tokens):
+            return {}  # beside steps that are not known any draft would seem to cost nothing
+        ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive else None
         self._drawn, self._plain = drawn, drawn / ledger.plain() if ledger is not None else 0.0
-        drafts = self._drafts and (ledger is None or self.trial.drafts(len(rows)))
+        drafts = self._drafts and (ledger is None or self.trial.drafts(max(soon, len(rows))))
         depths = {planned: self._deepest(planned.row, budget) for planned in (rows if drafts else asked)}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths:
@@ -97,7 +100,7 @@ class Speculator:
 
     def _deepest(self, row: Row, budget: int) -> int:
         """Drafts one behind another that can be of use: the last token of a row is drawn behind the last of them."""
-        return min(self.config.max_draft_tokens, _left(row) - 1, budget)
+        return min(self.config.deepest_of_texts, _left(row) - 1, budget)
 
     @property
     def _drafts(self) -> bool:
@@ -142,7 +145,7 @@ class Speculator:
     ) -> list[PlanRow]:
         """Rows for which the draft model promises more tokens than what texts offer, its time taken into account."""
         name, reach, expected = self.drafter.name, 1.0, 0.0
-        for depth in range(1, min(4, self.config.max_draft_tokens) + 1):
+        for depth in range(1, min(4, self.config.deepest) + 1):
             reach *= self.acceptance.any_odds(name, depth)
             expected += reach
         price = 4 * self.drafter.cost.seconds(len(depths)) * ledger.plain() / max(len(depths), 1)
@@ -158,7 +161,7 @@ class Speculator:
         threshold = self.config.confidence_threshold
         parts = drafter.cost, self.config.tree_width, threshold, records, self._values
         guide = Guide(drafter.name, self.acceptance, ledger, *parts)
-        made = drafter.propose(rows, list(depths.values()), guide, reserve)
+        made = drafter.propose(rows, [min(depth, self.config.deepest) for depth in depths.values()], guide, reserve)
         return {planned: proposal for planned, proposal in zip(rows, made, strict=True) if proposal is not None}
 
     # -- what is verified
@@ -173,7 +176,6 @@ class Speculator:
         nodes.sort(key=lambda node: (-node[0], -node[1]))
         worths = [worth for worth, _, _, _ in nodes]
         count = budget if ledger is None else min(ledger.best(worths)[1], budget)
-        self._gain = sum(worths[:count])
         self._reach = sum(reach for _, _, _, reach in nodes[:count])
         chosen: dict[PlanRow, list[int]] = {}
         for _, index, planned, _ in nodes[:count]:
@@ -216,7 +218,8 @@ class Speculator:
         self._reached = LASTING * self._reached + self._reach
         self._took = LASTING * self._took + self._taken
         if self._plain and self._drawn:
-            usual = self._gain * (self._took + 1) / (self._reached + 1)
+            # What tokens are worth is not asked: rows that lag are drafted for until they no longer do.
+            usual = self._reach * (self._took + 1) / (self._reached + 1)
             self.trial.note((tokens - self._taken + usual) / self._drawn, seconds / self._plain)
 
     def ended(self, row: Row) -> None:

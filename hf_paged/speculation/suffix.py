@@ -130,14 +130,19 @@ class SuffixIndex:
         if length >= SHORT:
             found.append((length, other, at))
 
-    def propose(self, text: Text, depth: int, width: int) -> Proposal | None:
-        """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide."""
+    def propose(self, text: Text, depth: int, width: int, usual: int | None = None) -> Proposal | None:
+        """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide.
+
+        `usual`: see `lookup`.
+        """
         self.update(text)
         found = self.matches(text) if depth > 0 else []
         if not found:
             return None
+        length, other, at = max(found, key=lambda entry: entry[0])
+        if usual is not None:
+            depth = min(depth, max(usual, length))
         if width == 1 or len(found) == 1:
-            length, other, at = max(found, key=lambda entry: entry[0])
             kind = match_kind(length) * (len(SHARES) + 1) + len(SHARES)
             drafts = continuation(other.tokens, at, depth)
             return _chain(drafts, kind, _prior(length, 1.0))

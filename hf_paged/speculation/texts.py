@@ -88,7 +88,7 @@ class Texts:
 
     def of(self, row: Row, state: RowDrafting, depth: int, least: float) -> list[Proposal]:
         """What each of them offers, with its own odds."""
-        found, method = [], self.config.method
+        found, method, usual = [], self.config.method, self.config.deepest
         if method in ("lookup", "auto"):
             if state.ngrams is None:
                 state.ngrams = NgramIndex(self.config.max_matching_ngram_size)
@@ -97,11 +97,11 @@ class Texts:
             def hopeful(kind: int) -> bool:
                 return self.acceptance.odds("lookup", kind, 1, PRIOR[kind], record) >= least
 
-            found.append(lookup(state.ngrams, row.tokens, depth, hopeful))
+            found.append(lookup(state.ngrams, row.tokens, depth, hopeful, usual))
         if method in ("suffix", "auto") and self.suffixes is not None:
             if state.text is None:
                 state.text = self.suffixes.open(row.tokens, _reader(row))
-            found.append(self.suffixes.propose(state.text, depth, self.config.tree_width))
+            found.append(self.suffixes.propose(state.text, depth, self.config.tree_width, usual))
         return [proposal for proposal in found if proposal is not None]
 
     def _with_odds(self, state: RowDrafting, proposal: Proposal) -> Proposal:
