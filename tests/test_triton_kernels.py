@@ -287,7 +287,9 @@ def test_generate_with_drafts(model):
     """Chains and trees of drafts are verified by the same kernels."""
     prompts = [p[0].tolist() for p in prompts_of(9, 5)]
     plain = Engine(model, num_pages=64, page_size=4)
-    drafting = Engine(model, num_pages=64, page_size=4, backend="triton", draft_model=model, check=True)
+    always = hf_paged.SpeculationConfig(method="draft", adaptive=False)
+    options = dict(backend="triton", draft_model=model, speculation=always, check=True)
+    drafting = Engine(model, num_pages=64, page_size=4, **options)
     params = hf_paged.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     with plain, drafting:
         wanted, got = (
