@@ -253,6 +253,14 @@ def test_tokens_that_a_model_rules_out_are_no_fault(model):
         assert engine.speculation_stats().accepted > 0
 
 
+def test_nothing_is_drafted_beside_steps_that_are_not_known(model, draft):
+    """A step without drafts must have been measured, or any draft would seem to cost nothing."""
+    for method in ("lookup", "draft", "auto"):
+        with Engine(model, draft_model=None if method == "lookup" else draft, speculation=method) as engine:
+            tokens(engine, [[2, 3, 4] * 5], [SamplingParams(max_tokens=5, temperature=0.0)])
+            assert engine.speculation_stats().proposed == 0
+
+
 def _poison(proposal, row):
     if row.index == 1:  # one of a request's rows goes on drafting when another gives it up
         return proposal

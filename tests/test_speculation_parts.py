@@ -177,7 +177,7 @@ def test_costs_of_sizes_that_come_one_by_one():
     assert np.mean(off) == pytest.approx(1, rel=0.04)
 
 
-def test_nothing_is_drafted_beside_steps_that_are_not_known():
+def test_which_forwards_are_known():
     table = CostTable()
     for _ in range(KNOWN):
         table.note(8, 1.0)

@@ -60,6 +60,14 @@ def continuation(tokens: Sequence[int], start: int, count: int) -> list[int]:
     return (list(period) * whole)[:count]
 
 
+def depth_behind(length: int, most: int, usual: int | None) -> int:
+    """Drafts behind a match of `length` tokens: `usual`, or as many as it has where these are more; `most` at most.
+
+    (After SuffixDecoding, see `suffix.py`.) Without `usual`: `most`.
+    """
+    return most if usual is None else min(most, max(usual, length))
+
+
 def match_kind(length: int) -> int:
     """Lengths of matches that are alike: 1, 2, 3, up to 5, 8, 15, and longer ones."""
     return sum(length > bound for bound in (1, 2, 3, 5, 8, 15))
@@ -79,7 +87,7 @@ def lookup(
 
     Args:
         hopeful: says of which kinds of matches drafts can be of use. Default: of all.
-        usual: drafts behind a match that is no longer than that; behind others at most as many as it has tokens.
+        usual: see `depth_behind`.
     """
     index.update(tokens)
     found = index.find(tokens) if count > 0 else None
@@ -89,7 +97,7 @@ def lookup(
     kind = match_kind(length)
     if hopeful is not None and not hopeful(kind):
         return None
-    drafts = continuation(tokens, start, count if usual is None else min(count, max(usual, length)))
+    drafts = continuation(tokens, start, depth_behind(length, count, usual))
     return Proposal(
         tuple(drafts),
         tuple(range(-1, len(drafts) - 1)),

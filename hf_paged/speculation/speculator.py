@@ -79,7 +79,7 @@ class Speculator:
             return {}  # beside steps that are not known any draft would seem to cost nothing
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive else None
         self._drawn, self._plain = drawn, drawn / ledger.plain() if ledger is not None else 0.0
-        drafts = self._drafts and (ledger is None or self.trial.drafts(max(soon, len(rows))))
+        drafts = self._drafts and (ledger is None or self.trial.drafts(soon))
         depths = {planned: self._deepest(planned.row, budget) for planned in (rows if drafts else asked)}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths:

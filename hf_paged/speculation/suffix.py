@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from hf_paged.speculation.lookup import LONGEST_MATCH, agreement, continuation, match_kind
+from hf_paged.speculation.lookup import LONGEST_MATCH, agreement, continuation, depth_behind, match_kind
 from hf_paged.speculation.proposal import MOST_NODES, Proposal
 
 CONTEXTS = LONG, MIDDLE, SHORT = 6, 2, 1  # tokens that are hashed: places with more in common are looked at first
@@ -133,15 +133,14 @@ class SuffixIndex:
     def propose(self, text: Text, depth: int, width: int, usual: int | None = None) -> Proposal | None:
         """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide.
 
-        `usual`: see `lookup`.
+        `usual`: see `depth_behind`.
         """
         self.update(text)
         found = self.matches(text) if depth > 0 else []
         if not found:
             return None
         length, other, at = max(found, key=lambda entry: entry[0])
-        if usual is not None:
-            depth = min(depth, max(usual, length))
+        depth = depth_behind(length, depth, usual)
         if width == 1 or len(found) == 1:
             kind = match_kind(length) * (len(SHARES) + 1) + len(SHARES)
             drafts = continuation(other.tokens, at, depth)

@@ -10,7 +10,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Memory that begins with a line of the cache: where rows of numbers are such lines, no vector lies in two. NULL where there is none. */
+/* Memory that begins with a line of the cache: where rows of numbers are such lines, no vector lies in two. NULL where there is
+ * none. */
 INLINE void *whole_lines(size_t bytes) {
     return aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
