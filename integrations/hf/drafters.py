@@ -149,6 +149,7 @@ class EarlyExit:
         self.lean = LeanForward.build(model, self.engine.store, self.engine.config.backend)
         if self.lean is not None:
             self.lean.layers = self.lean.layers[: self.layers]
+            self.lean.lender = lambda: self.engine.forward.run
 
     def few_model(self) -> FewModel | None:
         """See `LeanForward.few_model`."""

@@ -46,6 +46,8 @@ class FewLines:
         parts = [part.get(name) for part in self._parameters for name in ("weight", "bias")]
         parts += _frequencies(lean.rotary), *lean.store.keys, *lean.store.values
         found = [0 if part is None else part.data_ptr() for part in parts]
+        tiles = lean.tiled()
+        found.append(0 if tiles is None else tiles.address)
         if found != self._seen:
             self._seen, self._model = found, self._made(lean, found)
         self._vouched = vouched
@@ -74,19 +76,23 @@ class FewLines:
             return None
         (vocab, width), outputs = lean.embed.weight.shape, len(lean.head.weight)
         blocks = np.zeros((len(layers), FIELDS), np.int64)
-        weights, ends, angles, *pages = found[:count], found[count : count + 6], *found[count + 6 :]
+        weights, ends, angles, *pages = found[:count], found[count : count + 6], *found[count + 6 : -1]
         weights = np.array(weights, np.int64).reshape(len(layers), -1, 2)
         blocks[:, : 2 * len(LINEARS)] = weights[:, : len(LINEARS)].reshape(len(layers), -1)
         blocks[:, 2 * len(LINEARS) : -3] = weights[:, len(LINEARS) :, 0]
         blocks[:, -3:-1] = np.array(pages, np.int64).reshape(2, -1).T[: len(layers)]
         embed, _, norm, _, head, bias = ends
+        if (tiles := lean.tiled()) is not None:
+            head, bias = tiles.addresses(lean.head)
+            for block, layer in zip(blocks, layers, strict=True):
+                block[: 2 * len(LINEARS)] = tiles.fields(layer.attention, layer.mlp)
         return FewModel(
             ends=np.array([embed, angles, norm, head, bias, vocab, outputs], np.int64),
             blocks=blocks,
             windows=[layer.window for layer in layers],
-            sizes=(width, widths.pop(), heads.pop(), key.shape[1], dim),
+            sizes=(width, widths.pop(), heads.pop(), key.shape[1], dim, int(tiles is not None)),
             outputs=outputs,
-            most=lean.most,
+            most=lean.most_lines(),
             turn=float(getattr(lean.rotary, "attention_scaling", 1.0)),
             scale=lean.scale,
             eps=eps.pop(),

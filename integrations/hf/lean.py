@@ -7,6 +7,7 @@ runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,10 @@ from hf_paged.integrations.elementwise import elementwise_backend
 from hf_paged.integrations.few import FewLines
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
 from hf_paged.integrations.modules import modules_of, parameters_of
+from hf_paged.integrations.tiled import TiledLinear
 from hf_paged.kernels import paged_attention
 from hf_paged.kernels.native_blocks import FewModel
+from hf_paged.kernels.native_tiles import tile_ops
 from hf_paged.plan import StepPlan
 from hf_paged.store import KVStore
 
@@ -29,6 +32,7 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Weights of up to so many bytes are copied into oneDNN's order, once so many tokens were computed with them.
 PACK_BYTES = 64 * 2**20
 PACK_AFTER = 512
+MOST_TILED = 1024  # lines of a step that one call computes from tokens to logits
 
 
 def _plain(module: nn.Module, kind: type | str) -> bool:
@@ -102,6 +106,10 @@ class LeanForward:
         self.plain = self.ops = linear_backend(self.embed.weight, backend)
         self.few = few_backend(self.embed.weight, backend)
         self.most = 0  # lines of its
+        fits = self.few is not None and self.embed.weight.dtype == torch.float32
+        self._tile_ops = tile_ops() if fits else None
+        self.tiles: TiledLinear | None = None
+        self.lender: Callable[[], object] | None = None  # whose copies of weights serve here too
         self.between = elementwise_backend(self.embed.weight, backend)
         # Attention is compiled where what lies between the products is.
         compiled = self.few is not None and backend == "auto" and store.dtype == torch.float32
@@ -109,6 +117,7 @@ class LeanForward:
         self.rounds = self.embed.weight.device.type == "cpu"
         # Weights are in place as long as this is the same, says an owner who looks at them before each step.
         self.vouched: object | None = None
+        self._tiled_for: object | None = None  # as `vouched`, when tiles were looked at last
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
@@ -140,9 +149,11 @@ class LeanForward:
     @torch.no_grad()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The same in the model's dtype."""
-        if self.blocks is not None and plan.tokens <= self.most and self.blocks.fit(self):
+        tiles = self.tiled()
+        if self.blocks is not None and plan.tokens <= self.most_lines() and self.blocks.fit(self):
             return self.blocks(self, plan)
-        self._choose_weights(plan.tokens)
+        if tiles is None:
+            self._choose_weights(plan.tokens)
         ops, spare = self._products(plan.tokens)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
         slots = F.pad(plan.rows.slots, (0, spare))  # slot 0 lies on the page that takes what goes nowhere
@@ -169,6 +180,8 @@ class LeanForward:
     def _products(self, lines: int) -> tuple[TorchLinear, int]:
         """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are
         rounded up to few numbers."""
+        if (tiles := self.tiled()) is not None:
+            return tiles, 0
         if self.few is not None and lines <= self.most:
             return self.few, 0
         return self.ops, _spare(lines) if self.rounds else 0
@@ -179,10 +192,31 @@ class LeanForward:
             a.attention is b.attention and a.mlp is b.mlp for a, b in zip(self.layers, other.layers, strict=False)
         )
         if same and len(self.layers) == len(other.layers):
+            if other.tiles is not None and other.tiles.unchanged():
+                self.tiles = other.tiles
             if not isinstance(other.ops, PackedLinear):
                 self.computed = other.computed
             elif other.ops.unchanged():
                 self.ops, self.computed = other.ops, other.computed
+
+    def tiled(self) -> TiledLinear | None:
+        """Products over tiles of the weights as they are now; None where tiles do not serve."""
+        if self.lender is not None:
+            lender = self.lender()
+            return lender.tiled() if isinstance(lender, LeanForward) else None
+        if self._tile_ops is None or (self.vouched is not None and self.vouched is self._tiled_for):
+            return self.tiles
+        if self.tiles is not None and not self.tiles.current():
+            self.tiles = None
+        if self.tiles is None and self._weight_bytes() <= PACK_BYTES:
+            attentions, mlps = [layer.attention for layer in self.layers], [layer.mlp for layer in self.layers]
+            self.tiles = TiledLinear.build(self._tile_ops, attentions, mlps, self.head)
+        self._tiled_for = self.vouched
+        return self.tiles
+
+    def most_lines(self) -> int:
+        """Lines up to which a forward is one call."""
+        return self.most if self.tiled() is None else MOST_TILED
 
     def _choose_weights(self, tokens: int) -> None:
         """Copy small models' weights into oneDNN's order once they were used enough to pay for it."""

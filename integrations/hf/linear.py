@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_paged.integrations.copies import Watched
 from hf_paged.kernels import runs_triton, with_fallback
 from hf_paged.kernels.native import NativeOps
 from hf_paged.kernels.native_products import ProductOps, product_ops
@@ -84,7 +85,7 @@ class TritonLinear(TorchLinear):
             return instead()
         from hf_paged.kernels.product import product, serves
 
-        parts = [_parameters(layer) for layer in layers]
+        parts = [parameters(layer) for layer in layers]
         if not serves(x, parts, options.get("add")):
             return instead()
         return with_fallback(product, lambda *_, **__: instead(), x, *parts, **options)
@@ -123,20 +124,20 @@ class FewLinear(TorchLinear):
         self._ops, self.most = ops, ops.most
 
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-        return self._ops.linear(x, _parameters(layer))
+        return self._ops.linear(x, parameters(layer))
 
     def heads(self, x: torch.Tensor, attention: nn.Module) -> tuple[torch.Tensor, ...]:
-        parts = [_parameters(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        parts = [parameters(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
         return self._ops.linear(x, *parts).split([weight.shape[0] for weight, _ in parts], -1)
 
     def gated(self, x: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
-        return self._ops.gated(x, _parameters(mlp.gate_proj), _parameters(mlp.up_proj))
+        return self._ops.gated(x, parameters(mlp.gate_proj), parameters(mlp.up_proj))
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
-        return self._ops.linear(x, _parameters(layer), add=other)
+        return self._ops.linear(x, parameters(layer), add=other)
 
 
-def _parameters(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+def parameters(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return layer._parameters["weight"], layer._parameters["bias"]
 
 
@@ -144,11 +145,8 @@ def _parameters(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
-class PackedLinear(OneDnnLinear):
+class PackedLinear(OneDnnLinear, Watched):
     """The same over copies of the weights in oneDNN's own order, which saves reordering them at every product.
-
-    The copies are good for as long as the weights are: `current` sees parameters that were replaced or changed in
-    place, but not through `.data`; these change `unchanged`, which reads all of them: about 1 ms for 57 MB.
 
     Args:
         layers: to copy.
@@ -161,8 +159,7 @@ class PackedLinear(OneDnnLinear):
         self._pack, self._ops = torch.ops.mkldnn._reorder_linear_weight, ops
         joined = [(block, [getattr(block, name) for name in JOINED if hasattr(block, name)]) for block in blocks]
         seen = [*layers, *(part for _, parts in joined for part in parts)]
-        self._slots = [(layer._parameters, name) for layer in seen for name in ("weight", "bias")]
-        self._made, self._sums = self._state(), self._sum()
+        self.watch(seen)
         self._packed = {layer: self._pack(layer.weight.detach()) for layer in layers}
         # One buffer for all: a heap does not fill the hole that the last one left.
         sizes = [sum(part.weight.numel() for part in parts) for _, parts in joined]
@@ -191,27 +188,6 @@ class PackedLinear(OneDnnLinear):
             return super().gated(x, mlp)
         weight, bias, _ = self._joined[mlp]
         return self._ops.silu_mul(self._run(x, weight, bias, "none", [], ""))
-
-    def current(self) -> bool:
-        """Whether the weights are still those that were copied."""
-        return self._state() == self._made
-
-    def unchanged(self) -> bool:
-        """Whether not even a write through `.data` has changed them (an exchange of whole weights apart)."""
-        return self.current() and self._sum() == self._sums
-
-    def _sum(self) -> list[int]:
-        """A sum of the bits of every weight, modulo 2**64."""
-        sums = [_bits(p).sum() for slot, name in self._slots if (p := slot[name]) is not None]
-        return torch.stack(sums).tolist()
-
-    def _state(self) -> list[tuple[int, int]]:
-        return [(id(p), p._version) for slot, name in self._slots if (p := slot[name]) is not None]
-
-
-def _bits(weight: torch.Tensor) -> torch.Tensor:
-    flat = weight.detach().reshape(-1)
-    return flat.view(torch.int32 if flat.numel() % 2 else torch.int64)
 
 
 def linear_backend(weight: torch.Tensor, backend: str = "auto") -> TorchLinear:

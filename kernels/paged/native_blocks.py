@@ -31,7 +31,8 @@ class FewModel:
     Attributes:
         ends: int64, the fields of `ends` in `blocks.c`.
         blocks: int64 `[blocks, FIELDS]`, addresses, but for what is seen. windows: of each block.
-        sizes: width, that of the MLP, heads, KV heads, head_dim. outputs: logits a line. most: lines that pay.
+        sizes: width, that of the MLP, heads, KV heads, head_dim, and whether weights are tiles.
+        outputs: logits a line. most: lines that pay.
         turn: factor of cosines and sines, where `ends` names frequencies.
         scale: of products of queries and keys. eps: of all norms.
     """
@@ -39,7 +40,7 @@ class FewModel:
     ends: np.ndarray
     blocks: np.ndarray
     windows: list[int | None]
-    sizes: tuple[int, int, int, int, int]
+    sizes: tuple[int, int, int, int, int, int]
     outputs: int
     most: int
     turn: float

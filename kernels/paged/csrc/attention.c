@@ -1,5 +1,6 @@
 /* Attention over pages in float32, each query by itself, for `native.py`, which compiles this on the machine that runs it. */
 #include "attention.h"
+#include "blocks.h"
 #include <stdlib.h>
 
 /* Softmax over scores[0, n); a sink, if any, takes its share of the sum. Writes up to the next multiple of LANES. */
@@ -22,39 +23,28 @@ INLINE void attend(float *out, float *scores, int64_t stride, const float *query
     sum_values(out, scores, stride, values, then, group, value_dim);
 }
 
-/* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
- * sees slots [begin[r], context[r]) of line line_of[r] of table [lines, table_width], as far as visible and base (see `tree`)
- * allow; begin null: from the first. Returns 0, or 1 where memory ran out. */
-int decode_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const int64_t *table,
-                     int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
-                     int64_t dim, int64_t value_dim, int64_t page, float scale, const int64_t *begin, float softcap,
-                     const float *sinks, const int64_t *visible, const int64_t *base) {
-    const int64_t group = heads / kv_heads, items = rows * kv_heads;
-    const tree t = {visible, base};
-    int64_t longest = 0, taken = 0;
-    int failed = 0;
-    for (int64_t r = 0; r < rows; r++) longest = context[r] > longest ? context[r] : longest;
+/* Each query by itself, by the threads of a team; see `decode_attention`. */
+void attend_rows(const rows_task *a) {
+    const int64_t group = a->heads / a->kv_heads, items = a->rows * a->kv_heads, dim = a->dim, value_dim = a->value_dim;
+    const tree t = {a->visible, a->base};
+    int64_t longest = 0, item, after;
+    for (int64_t r = 0; r < a->rows; r++) longest = a->context[r] > longest ? a->context[r] : longest;
     const int64_t stride = (longest + 31) / 16 * 16;
+    float *scores = malloc(sizeof(float) * (size_t)(group * stride));
+    if (!scores) *a->failed = 1;
 #define SPAN(pages, row, head, dim) \
-    ((span){pages, table + line_of[row] * table_width, begin ? begin[row] : 0, context[row], head, kv_heads, page, dim})
-#pragma omp parallel
-    {
-        float *scores = malloc(sizeof(float) * (size_t)(group * stride));
-        int64_t item, after;
-        if (!scores) failed = 1;
-#pragma omp atomic capture
-        item = taken++;
-        /* A thread takes its next item before it computes one, so that memory can be on its way. */
-        for (; scores && item < items; item = after) {
-#pragma omp atomic capture
-            after = taken++;
-            const int64_t row = item / kv_heads, head = item % kv_heads;
-            const span k = SPAN(keys, row, head, dim), v = SPAN(values, row, head, value_dim);
-            const span then = after < items ? SPAN(keys, after / kv_heads, after % kv_heads, dim) : k;
-            const float *q = query + row * query_line + head * group * dim;
-            const float *sink = sinks ? sinks + head * group : 0;
-            float *o = out + (row * heads + head * group) * value_dim;
-#define ATTEND(G, D, V) attend(o, scores, stride, q, k, v, then, scale, softcap, sink, t, row, G, D, V)
+    ((span){pages, a->table + a->line_of[row] * a->table_width, a->begin ? a->begin[row] : 0, a->context[row], head, \
+            a->kv_heads, a->page, dim})
+    /* A thread takes its next item before it computes one, so that memory can be on its way. */
+    for (item = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED); scores && item < items; item = after) {
+        after = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED);
+        const int64_t row = item / a->kv_heads, head = item % a->kv_heads;
+        const span k = SPAN(a->keys, row, head, dim), v = SPAN(a->values, row, head, value_dim);
+        const span then = after < items ? SPAN(a->keys, after / a->kv_heads, after % a->kv_heads, dim) : k;
+        const float *q = a->query + row * a->query_line + head * group * dim;
+        const float *sink = a->sinks ? a->sinks + head * group : 0;
+        float *o = a->out + (row * a->heads + head * group) * value_dim;
+#define ATTEND(G, D, V) attend(o, scores, stride, q, k, v, then, a->scale, a->softcap, sink, t, row, G, D, V)
 #define BY_GROUP(D) \
     switch (group) { \
         case 1: ATTEND(1, D, D); break; \
@@ -64,12 +54,26 @@ int decode_attention(float *out, const float *query, int64_t query_line, const f
         case 8: ATTEND(8, D, D); break; \
         default: ATTEND(group, D, D); \
     }
-            /* Sizes that models have are constants to the compiler: it keeps queries and sums in registers. */
-            if (dim == 64 && value_dim == 64) BY_GROUP(64)
-            else if (dim == 128 && value_dim == 128) BY_GROUP(128)
-            else ATTEND(group, dim, value_dim);
-        }
-        free(scores);
+        /* Sizes that models have are constants to the compiler: it keeps queries and sums in registers. */
+        if (dim == 64 && value_dim == 64) BY_GROUP(64)
+        else if (dim == 128 && value_dim == 128) BY_GROUP(128)
+        else ATTEND(group, dim, value_dim);
     }
+    free(scores);
+}
+
+/* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
+ * sees slots [begin[r], context[r]) of line line_of[r] of table [lines, table_width], as far as visible and base (see `tree`)
+ * allow; begin null: from the first. Returns 0, or 1 where memory ran out. */
+int decode_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const int64_t *table,
+                     int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
+                     int64_t dim, int64_t value_dim, int64_t page, float scale, const int64_t *begin, float softcap,
+                     const float *sinks, const int64_t *visible, const int64_t *base) {
+    int64_t taken = 0;
+    int failed = 0;
+    const rows_task a = {out, query, keys, values, sinks, table, line_of, context, begin, visible, base, query_line, table_width,
+                         rows, heads, kv_heads, dim, value_dim, page, scale, softcap, &taken, &failed};
+#pragma omp parallel
+    attend_rows(&a);
     return failed;
 }

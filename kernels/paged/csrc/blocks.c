@@ -12,7 +12,8 @@ typedef struct {
     const int64_t *line_of, *context, *begin, *visible, *base;
 } sight;
 
-/* Weights [out, in], contiguous, and biases or null; norms of queries and keys or null; pages, and what attention sees. */
+/* Weights [out, in], contiguous, and biases or null; norms of queries and keys or null; pages, and what attention sees. Where
+ * weights are tiles, those of q, k and v are one layer, q, and gate and up are another, gate; so are their biases. */
 typedef struct {
     const float *q, *q_bias, *k, *k_bias, *v, *v_bias, *o, *o_bias, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
     const float *norm, *mlp_norm, *q_norm, *k_norm;
@@ -21,7 +22,7 @@ typedef struct {
 } block;
 
 typedef struct {
-    int64_t lines, width, inner, heads, kv_heads, dim, page, table_width;
+    int64_t lines, width, inner, heads, kv_heads, dim, tiled, page, table_width;
 } sizes;
 
 /* What stands before and behind the blocks. embed [vocab, width]; frequencies of the rotation [dim / 2], or null; head
@@ -37,47 +38,123 @@ typedef struct {
     int64_t wanted_lines;
 } inputs;
 
-static int attend(const block *b, const sizes *n, float *out, const float *query, int64_t line, const int64_t *table, float scale) {
-    const sight *s = b->sight;
-    if (s->grouped)
-        return grouped_attention(out, query, line, b->keys, b->values, s->grouped, n->heads, n->kv_heads, n->dim, n->dim,
-                                 n->page, scale, 0, 0);
-    return decode_attention(out, query, line, b->keys, b->values, table, n->table_width, s->line_of, s->context, n->lines,
-                            n->heads, n->kv_heads, n->dim, n->dim, n->page, scale, s->begin, 0, 0, s->visible, s->base);
-}
-
-/* cos, sin [lines, dim], times `size`. */
-static void turns(float *cos, float *sin, const int64_t *positions, const float *frequencies, float size, int64_t lines, int64_t dim) {
+/* cos, sin [dim] of one place, times `size`. */
+static void turns(float *cos, float *sin, int64_t position, const float *frequencies, float size, int64_t dim) {
     const int64_t half = dim / 2;
-    for (int64_t l = 0; l < lines; l++)
-        for (int64_t i = 0; i < half; i++) {
-            const float angle = (float)positions[l] * frequencies[i];
-            cos[l * dim + i] = cos[l * dim + half + i] = cosf(angle) * size;
-            sin[l * dim + i] = sin[l * dim + half + i] = sinf(angle) * size;
-        }
+    for (int64_t i = 0; i < half; i++) {
+        const float angle = (float)position * frequencies[i];
+        cos[i] = cos[half + i] = cosf(angle) * size;
+        sin[i] = sin[half + i] = sinf(angle) * size;
+    }
 }
 
-/* hidden [lines, width] goes through one block; KV of its tokens is stored. */
-static int run_block(const block *b, const sizes *n, const inputs *in, float *hidden, float *scratch, const float *cos,
-                     const float *sin, float scale, float eps) {
-    const int64_t queries = n->heads * n->dim, keys = n->kv_heads * n->dim, joined = queries + 2 * keys;
-    float *normed = scratch, *query = normed + n->lines * n->width, *mixed = query + n->lines * joined;
-    float *key = query + queries, *opened = mixed + n->lines * queries;
-    rms_norm(normed, hidden, b->norm, eps, n->lines, n->width);
-    few_linear(query, normed, n->width, n->lines, n->width, 0, b->q, b->q_bias, queries, b->k, b->k_bias, keys, b->v, b->v_bias,
-               keys);
-    for (int64_t l = 0; l < n->lines && b->q_norm; l++) {
-        rms_norm(query + l * joined, query + l * joined, b->q_norm, eps, n->heads, n->dim);
-        rms_norm(key + l * joined, key + l * joined, b->k_norm, eps, n->kv_heads, n->dim);
+/* What the threads of a forward share. */
+typedef struct {
+    const sizes *n;
+    const inputs *in;
+    float *hidden, *scratch, *cos, *sin; /* [lines, width]; what `run_block` needs; [lines, dim] */
+    uint16_t *parts;                     /* of lines that are taken apart, see `tiles.c` */
+    int64_t *taken;                      /* a counter for each block's attention */
+    grouped_task *groups;
+    float scale, eps;
+    int failed;
+} state;
+
+/* The three below are for the threads of a team, which wait for each other. */
+static void attend(state *s, const block *b, int64_t index, float *out, const float *query, int64_t line) {
+    const sight *see = b->sight;
+    const sizes *n = s->n;
+    if (see->grouped) {
+#pragma omp single
+        {
+            free(s->groups);
+            s->groups = share_groups(out, query, line, b->keys, b->values, see->grouped, n->heads, n->kv_heads, n->dim, n->dim,
+                                     n->page, s->scale, 0, 0, &s->failed);
+            if (!s->groups) s->failed = 1;
+        }
+        if (s->groups) attend_groups(s->groups);
+    } else {
+        const rows_task rows = {out, query, b->keys, b->values, 0, s->in->table, see->line_of, see->context, see->begin, see->visible,
+                                see->base, line, n->table_width, n->lines, n->heads, n->kv_heads, n->dim, n->dim, n->page, s->scale,
+                                0, s->taken + index, &s->failed};
+        attend_rows(&rows);
     }
-    rotate_and_store(query, key, key + keys, cos, sin, b->keys, b->values, in->slots, joined, joined, joined, n->lines, n->heads,
-                     n->kv_heads, n->dim, n->page);
-    const int failed = attend(b, n, mixed, query, joined, in->table, scale);
-    few_linear(hidden, mixed, queries, n->lines, queries, hidden, b->o, b->o_bias, n->width, 0, 0, 0, 0, 0, 0);
-    rms_norm(normed, hidden, b->mlp_norm, eps, n->lines, n->width);
-    few_gated(opened, normed, n->width, n->lines, n->width, b->gate, b->gate_bias, b->up, b->up_bias, n->inner);
-    few_linear(hidden, opened, n->inner, n->lines, n->inner, hidden, b->down, b->down_bias, n->width, 0, 0, 0, 0, 0, 0);
-    return failed;
+#pragma omp barrier
+}
+
+/* out: x [lines, in] through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. */
+static void products(state *s, float *out, const float *x, int64_t lines, int64_t in, const float *add, const layer *layers) {
+    if (s->n->tiled) {
+        take_apart(s->parts, x, in, lines, in);
+        multiply_tiles(out, s->parts, lines, in, add, layers[0], 0);
+    } else multiply_lines(out, x, in, lines, in, add, layers);
+}
+
+static void gated(state *s, float *out, const float *x, int64_t lines, const block *b) {
+    const sizes *n = s->n;
+    const layer gate = {b->gate, b->gate_bias, n->inner}, up = {b->up, b->up_bias, n->inner};
+    if (n->tiled) {
+        take_apart(s->parts, x, n->width, lines, n->width);
+        multiply_tiles(out, s->parts, lines, n->width, 0, gate, 1);
+    } else multiply_gated(out, x, n->width, lines, n->width, gate, up);
+}
+
+/* Norms of lines of hidden, for `products`: who takes lines apart takes its own. */
+static void normed(state *s, float *out, const float *hidden, const float *norm, int64_t lines) {
+    normalize(out, hidden, norm, s->eps, lines, s->n->width);
+    if (!s->n->tiled) {
+#pragma omp barrier
+    }
+}
+
+/* The wanted lines of mixed and hidden alone. */
+static void pick(const state *s, float *mixed, float *hidden, const float *from_mixed, const float *from_hidden, int64_t queries) {
+#pragma omp for schedule(static)
+    for (int64_t w = 0; w < s->in->wanted_lines; w++) {
+        const int64_t line = s->in->wanted[w], width = s->n->width;
+        memcpy(mixed + w * queries, from_mixed + line * queries, sizeof(float) * (size_t)queries);
+        memcpy(hidden + w * width, from_hidden + line * width, sizeof(float) * (size_t)width);
+    }
+}
+
+/* hidden [lines, width] goes through one block; KV of its tokens is stored. Returns where it is then: behind the last block, the
+ * wanted lines alone. */
+static float *run_block(state *s, const block *b, int64_t index, int last) {
+    const sizes *n = s->n;
+    const int64_t queries = n->heads * n->dim, keys = n->kv_heads * n->dim, joined = queries + 2 * keys;
+    float *hidden = s->hidden, *lines = s->scratch, *query = lines + n->lines * n->width, *mixed = query + n->lines * joined;
+    float *key = query + queries, *opened = mixed + n->lines * queries;
+    const layer qkv[3] = {{b->q, b->q_bias, n->tiled ? joined : queries}, {b->k, b->k_bias, keys}, {b->v, b->v_bias, keys}};
+    const layer o[3] = {{b->o, b->o_bias, n->width}}, down[3] = {{b->down, b->down_bias, n->width}};
+    int64_t count = n->lines;
+    normed(s, lines, hidden, b->norm, count);
+    products(s, query, lines, count, n->width, 0, qkv);
+    if (b->q_norm) {
+        normalize_heads(query, joined, b->q_norm, s->eps, count, n->heads, n->dim);
+        normalize_heads(key, joined, b->k_norm, s->eps, count, n->kv_heads, n->dim);
+    }
+    rotate_lines(query, key, key + keys, s->cos, s->sin, b->keys, b->values, s->in->slots, joined, joined, joined, count, n->heads,
+                 n->kv_heads, n->dim, n->page);
+    attend(s, b, index, mixed, query, joined);
+    if (last) { /* nothing reads the other lines any more: their KV is stored */
+        pick(s, query, lines, mixed, hidden, queries);
+        mixed = query, hidden = lines, lines = s->hidden, count = s->in->wanted_lines;
+    }
+    products(s, hidden, mixed, count, queries, hidden, o);
+    normed(s, lines, hidden, b->mlp_norm, count);
+    gated(s, opened, lines, count, b);
+    products(s, hidden, opened, count, n->inner, hidden, down);
+    return hidden;
+}
+
+/* The first lines of hidden, and the angles of the tokens where they are not given. */
+static void begin(state *s, const ends *e, float turn) {
+    const sizes *n = s->n;
+#pragma omp for schedule(static)
+    for (int64_t l = 0; l < n->lines; l++) {
+        memcpy(s->hidden + l * n->width, e->embed + s->in->ids[l] * n->width, sizeof(float) * (size_t)n->width);
+        if (e->frequencies) turns(s->cos + l * n->dim, s->sin + l * n->dim, s->in->positions[l], e->frequencies, turn, n->dim);
+    }
 }
 
 /* logits [wanted_lines, outputs] of the tokens. cos, sin: [lines, dim], read where the ends have no frequencies; `turn`: what
@@ -86,26 +163,29 @@ static int run_block(const block *b, const sizes *n, const inputs *in, float *hi
 int few_forward(float *logits, const ends *e, const block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos,
                 const float *sin, float turn, float scale, float eps) {
     const int64_t most = n->width + (2 * n->heads + 2 * n->kv_heads) * n->dim + n->inner; /* floats of `run_block`, a line */
+    const int64_t widest = n->inner > n->width ? n->inner : n->width, queries = n->heads * n->dim;
+    const int64_t floats = n->lines * (n->width + 2 * n->dim + most), wanted = in->wanted_lines;
     for (int64_t l = 0; l < n->lines; l++)
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
-    float *hidden = whole_lines(sizeof(float) * (size_t)(n->lines * (n->width + 2 * n->dim + most)));
-    if (!hidden) return 1;
+    float *hidden = whole_lines(sizeof(float) * (size_t)floats);
+    uint16_t *parts = n->tiled ? whole_lines(size_of_parts(n->lines, widest > queries ? widest : queries)) : 0;
+    int64_t *taken = calloc((size_t)count, sizeof *taken);
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
-    int failed = 0;
-    for (int64_t l = 0; l < n->lines; l++)
-        memcpy(hidden + l * n->width, e->embed + in->ids[l] * n->width, sizeof(float) * (size_t)n->width);
-    if (e->frequencies) {
-        turns(angles, angles + n->lines * n->dim, in->positions, e->frequencies, turn, n->lines, n->dim);
-        cos = angles, sin = angles + n->lines * n->dim;
+    state s = {n, in, hidden, scratch, e->frequencies ? angles : (float *)cos, e->frequencies ? angles + n->lines * n->dim : (float *)sin,
+               parts, taken, 0, scale, eps, !hidden || !taken || (n->tiled && !parts)};
+    const layer head[3] = {{e->head, e->head_bias, e->outputs}};
+#pragma omp parallel if (count * n->width * (n->inner + queries) > 16384)
+    if (!s.failed) {
+        float *lines = hidden;
+        begin(&s, e, turn);
+        for (int64_t b = 0; b < count && !s.failed; b++) lines = run_block(&s, blocks + b, b, b + 1 == count);
+        if (!s.failed && wanted) {
+            normed(&s, hidden, lines, e->norm, wanted);
+            products(&s, logits, hidden, wanted, n->width, 0, head);
+        }
     }
-    for (const block *b = blocks; b < blocks + count && !failed; b++)
-        failed = run_block(b, n, in, hidden, scratch, cos, sin, scale, eps);
-    for (int64_t w = 0; w < in->wanted_lines && !failed; w++)
-        rms_norm(scratch + w * n->width, hidden + in->wanted[w] * n->width, e->norm, eps, 1, n->width);
-    if (!failed && in->wanted_lines)
-        few_linear(logits, scratch, n->width, in->wanted_lines, n->width, 0, e->head, e->head_bias, e->outputs, 0, 0, 0, 0, 0, 0);
-    free(hidden);
-    return failed;
+    free(s.groups), free(taken), free(parts), free(hidden);
+    return s.failed;
 }
 
 /* Parameters of rows that draw, see sampling.c. */

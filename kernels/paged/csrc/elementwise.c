@@ -1,16 +1,34 @@
 /* What stands between the products of a forward, in float32, for `native.py`. */
+#include "blocks.h"
 #include "lanes.h"
+
+INLINE void normalize_line(float *out, const float *x, const float *weight, float eps, int64_t width) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += x[i] * x[i];
+    const float scale = 1 / sqrtf(sum / width + eps);
+    for (int64_t i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
+}
+
+/* `rms_norm` by the threads of a team, which do not wait: each line belongs to the thread that a static loop gives it. */
+void normalize(float *out, const float *x, const float *weight, float eps, int64_t lines, int64_t width) {
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < lines; t++) normalize_line(out + t * width, x + t * width, weight, eps, width);
+}
+
+/* The same in place for each head of lines [heads, dim], which lie x_line floats apart. */
+void normalize_heads(float *x, int64_t x_line, const float *weight, float eps, int64_t lines, int64_t heads, int64_t dim) {
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < lines; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            float *head = x + t * x_line + h * dim;
+            normalize_line(head, head, weight, eps, dim);
+        }
+}
 
 /* out[t, :] = x[t, :] / rms(x[t, :]) * weight, over lines of `width`. */
 void rms_norm(float *out, const float *x, const float *weight, float eps, int64_t lines, int64_t width) {
-#pragma omp parallel for schedule(static) if (lines * width > 16384)
-    for (int64_t t = 0; t < lines; t++) {
-        const float *in = x + t * width;
-        float sum = 0;
-        for (int64_t i = 0; i < width; i++) sum += in[i] * in[i];
-        const float scale = 1 / sqrtf(sum / width + eps);
-        for (int64_t i = 0; i < width; i++) out[t * width + i] = in[i] * scale * weight[i];
-    }
+#pragma omp parallel if (lines * width > 16384)
+    normalize(out, x, weight, eps, lines, width);
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
@@ -22,12 +40,11 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
     }
 }
 
-/* Rotates query [tokens, heads, dim] and key [tokens, kv_heads, dim] in place (cos, sin: [tokens, dim]), and stores key
- * and value [tokens, kv_heads, dim] in their slots. Tokens lie query_line, key_line and value_line floats apart. */
-void rotate_and_store(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys,
-                      float *values, const int64_t *slots, int64_t query_line, int64_t key_line, int64_t value_line,
-                      int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page) {
-#pragma omp parallel for schedule(static) if (tokens * (heads + kv_heads) * dim > 16384)
+/* `rotate_and_store` by the threads of a team. */
+void rotate_lines(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys, float *values,
+                  const int64_t *slots, int64_t query_line, int64_t key_line, int64_t value_line, int64_t tokens, int64_t heads,
+                  int64_t kv_heads, int64_t dim, int64_t page) {
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t h = 0; h < heads; h++) rotate(query + t * query_line + h * dim, cos + t * dim, sin + t * dim, dim);
         for (int64_t h = 0; h < kv_heads; h++) {
@@ -40,10 +57,14 @@ void rotate_and_store(float *query, float *key, const float *value, const float 
     }
 }
 
-INLINE lanes silu(lanes x) {
-    const ints negative = x < 0;
-    const lanes e = exp_of_negative(choose(negative, x, -x)); /* e^-|x| */
-    return x * choose(negative, e, (lanes){0} + 1.0f) / (1.0f + e);
+/* Rotates query [tokens, heads, dim] and key [tokens, kv_heads, dim] in place (cos, sin: [tokens, dim]), and stores key
+ * and value [tokens, kv_heads, dim] in their slots. Tokens lie query_line, key_line and value_line floats apart. */
+void rotate_and_store(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys,
+                      float *values, const int64_t *slots, int64_t query_line, int64_t key_line, int64_t value_line,
+                      int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page) {
+#pragma omp parallel if (tokens * (heads + kv_heads) * dim > 16384)
+    rotate_lines(query, key, value, cos, sin, keys, values, slots, query_line, key_line, value_line, tokens, heads, kv_heads, dim,
+                 page);
 }
 
 /* out[t, i] = silu(x[t, i]) * x[t, width + i] for x [lines, 2 * width]. */

@@ -1,6 +1,7 @@
 /* Attention where queries share slots: each stretch of slots that many queries see is read once for all of them, and the
  * parts of a query are merged by log-sum-exp (see `groups.py`). Float32. */
 #include "attention.h"
+#include "blocks.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,14 +14,14 @@ typedef struct {
 } segment;
 
 /* What all layers of a step have in common; see `grouped_attention`. */
-typedef struct {
+struct step {
     const int64_t *table, *line_of, *context, *own, *members, *part_start, *parts;
     const segment *segments;
     tree tree;
     int64_t table_width, rows, num_segments, num_members;
-} step;
+};
 
-typedef struct {
+typedef struct grouped_task {
     const step *step;
     const float *query, *keys, *values, *sinks;
     int64_t query_line, heads, kv_heads, dim, value_dim, page;
@@ -28,6 +29,8 @@ typedef struct {
     int64_t stride; /* of the scores of a row's own slots */
     int64_t *taken; /* items that threads have taken: of segments, and of rows' own slots */
     float *out, *partial, *own_tops; /* [rows, heads, value_dim]; [members, heads, value_dim + 2]; [rows, heads, 2] */
+    int64_t *items; /* items before each segment, and in all */
+    int *failed;
 } task;
 
 typedef struct {
@@ -361,37 +364,48 @@ static int work(const task *a, const int64_t *items) {
     return 0;
 }
 
+/* What the threads of a team share, for `attend_groups`; null where memory ran out. To be freed. */
+grouped_task *share_groups(float *out, const float *query, int64_t query_line, const float *keys, const float *values,
+                           const step *step, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page,
+                           float scale, float softcap, const float *sinks, int *failed) {
+    const int64_t lines = step->rows * heads, parts = step->num_members * heads * (value_dim + 2), whole = step->num_segments + 3;
+    task *a = malloc(sizeof(task) + sizeof(int64_t) * (size_t)whole + sizeof(float) * (size_t)(parts + 2 * lines));
+    if (!a) return 0;
+    int64_t *taken = (int64_t *)(a + 1), *items = taken + 2, longest = 0;
+    float *partial = (float *)(taken + whole);
+    taken[0] = taken[1] = items[0] = 0;
+    for (int64_t i = 0; i < step->num_segments; i++)
+        items[i + 1] = items[i] + kv_heads * ((step->segments[i].count * (heads / kv_heads) + LINES - 1) / LINES);
+    for (int64_t r = 0, own; r < step->rows; r++) {
+        own = step->context[r] - step->own[r];
+        longest = own > longest ? own : longest;
+    }
+    *a = (task){step, query, keys, values, sinks, query_line, heads, kv_heads, dim, value_dim, page, scale, softcap,
+                (longest + 31) / 16 * 16, taken, out, partial, partial + parts, items, failed};
+    return a;
+}
+
+/* Attention of a step by the threads of a team. */
+void attend_groups(const grouped_task *a) {
+    if (work(a, a->items)) *a->failed = 1;
+#pragma omp barrier
+    if (*a->failed) return;
+#pragma omp for schedule(static) nowait
+    for (int64_t line = 0; line < a->step->rows * a->heads; line++) merge(a, line, a->value_dim);
+}
+
 /* query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]. Query r sees slots [own[r],
  * context[r]) of line line_of[r] of table, and those of the segments that it is a member of: its places among the members
  * are parts[part_start[r], part_start[r + 1]); visible and base as in `tree`. Returns 0, or 1 where memory ran out. */
 int grouped_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values,
                       const step *step, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t page, float scale, float softcap,
                       const float *sinks) {
-    const int64_t group = heads / kv_heads, lines = step->rows * heads, parts = step->num_members * heads * (value_dim + 2);
-    float *partial = malloc(sizeof(float) * (size_t)(parts + 2 * lines));
-    int64_t *items = malloc(sizeof(int64_t) * (size_t)(step->num_segments + 1)), taken[2] = {0}, longest = 0;
-    int failed = !partial || !items;
-    if (!failed) items[0] = 0;
-    for (int64_t i = 0; i < step->num_segments && !failed; i++)
-        items[i + 1] = items[i] + kv_heads * ((step->segments[i].count * group + LINES - 1) / LINES);
-    for (int64_t r = 0, own; r < step->rows; r++) {
-        own = step->context[r] - step->own[r];
-        longest = own > longest ? own : longest;
-    }
-    const task a = {step, query, keys, values, sinks, query_line, heads, kv_heads, dim, value_dim, page, scale, softcap,
-                    (longest + 31) / 16 * 16, taken, out, partial, partial + parts};
-    if (!failed) {
+    int failed = 0;
+    task *a = share_groups(out, query, query_line, keys, values, step, heads, kv_heads, dim, value_dim, page, scale, softcap,
+                           sinks, &failed);
+    if (!a) return 1;
 #pragma omp parallel
-        {
-            if (work(&a, items)) failed = 1;
-#pragma omp barrier
-            if (!failed) {
-#pragma omp for schedule(static) nowait
-                for (int64_t line = 0; line < lines; line++) merge(&a, line, value_dim);
-            }
-        }
-    }
-    free(partial);
-    free(items);
+    attend_groups(a);
+    free(a);
     return failed;
 }

@@ -128,3 +128,9 @@ INLINE lanes exp_of_negative(lanes x) {
     p = p * r + 1.0f;
     return (lanes)((ints)p + (n << 23));
 }
+
+INLINE lanes silu(lanes x) {
+    const ints negative = x < 0;
+    const lanes e = exp_of_negative(choose(negative, x, -x)); /* e^-|x| */
+    return x * choose(negative, e, (lanes){0} + 1.0f) / (1.0f + e);
+}

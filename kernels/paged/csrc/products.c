@@ -1,14 +1,9 @@
 /* Products of a few lines with weights as they lie in memory, which are read once for all lines: what a decode of one row, or
  * a verification of its drafts, spends its time on. Each sum is made in the same order however many lines there are. */
+#include "blocks.h"
 #include "lanes.h"
 
 enum { FEW = 4 }; /* lines at a time; then a block has LANES / 4 outputs, with fewer lines more */
-
-/* [rows, in], contiguous, and what is added to the products, or null. */
-typedef struct {
-    const float *weight, *bias;
-    int64_t rows;
-} layer;
 
 /* Floats in a register: how many lines pay depends on it. */
 int64_t vector_lanes(void) { return LANES; }
@@ -38,7 +33,7 @@ INLINE void dots(float *sums, const float *const *w, const float *const *x, int6
 INLINE void block(float *sums, layer a, int64_t first, const float *x, int64_t x_line, int64_t given, int64_t in, int64_t ahead,
                   int slow, const int lines) {
     const float *w[LANES], *line[FEW];
-    for (int r = 0; r < LANES / lines; r++) w[r] = a.weight + (first + r < a.rows ? first + r : a.rows - 1) * in;
+    for (int r = 0; r < LANES / lines; r++) w[r] = (const float *)a.weight + (first + r < a.rows ? first + r : a.rows - 1) * in;
     for (int m = 0; m < lines; m++) line[m] = x + (m < given ? m : given - 1) * x_line;
     dots(sums, w, line, in, ahead, slow, LANES / lines, lines);
 }
@@ -102,29 +97,41 @@ static void gated_rows(const task *t, layer gate, layer up, int64_t first) {
     }
 }
 
+/* `few_linear` by the threads of a team. */
+void multiply_lines(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *add, const layer *layers) {
+    const int64_t width = layers[0].rows + layers[1].rows + layers[2].rows;
+    const task t = {out, x, add, x_line, lines, in, width};
+    int64_t steps[4] = {0};
+    for (int i = 0; i < 3; i++) steps[i + 1] = steps[i] + (layers[i].rows + STEP - 1) / STEP;
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < steps[3]; s++) {
+        const int l = (s >= steps[1]) + (s >= steps[2]);
+        const int64_t column = l == 0 ? 0 : l == 1 ? layers[0].rows : layers[0].rows + layers[1].rows;
+        linear_rows(&t, layers[l], (s - steps[l]) * STEP, column);
+    }
+}
+
+/* `few_gated` by the threads of a team. */
+void multiply_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, layer gate, layer up) {
+    const task t = {out, x, 0, x_line, lines, in, gate.rows};
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < (gate.rows + STEP - 1) / STEP; s++) gated_rows(&t, gate, up, s * STEP);
+}
+
 /* out [lines, width]: products of x [lines, in], lines x_line floats apart, with up to three layers side by side, plus `add`
  * of the shape of out, or null. width: outputs of all layers. */
 void few_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *add, const float *weight_a,
                 const float *bias_a, int64_t rows_a, const float *weight_b, const float *bias_b, int64_t rows_b,
                 const float *weight_c, const float *bias_c, int64_t rows_c) {
     const layer layers[3] = {{weight_a, bias_a, rows_a}, {weight_b, bias_b, rows_b}, {weight_c, bias_c, rows_c}};
-    const int64_t width = rows_a + rows_b + rows_c;
-    const task t = {out, x, add, x_line, lines, in, width};
-    int64_t steps[4] = {0};
-    for (int i = 0; i < 3; i++) steps[i + 1] = steps[i] + (layers[i].rows + STEP - 1) / STEP;
-#pragma omp parallel for schedule(static) if (width * in > 16384)
-    for (int64_t s = 0; s < steps[3]; s++) {
-        const int l = (s >= steps[1]) + (s >= steps[2]);
-        const int64_t column = l == 0 ? 0 : l == 1 ? rows_a : rows_a + rows_b;
-        linear_rows(&t, layers[l], (s - steps[l]) * STEP, column);
-    }
+#pragma omp parallel if ((rows_a + rows_b + rows_c) * in > 16384)
+    multiply_lines(out, x, x_line, lines, in, add, layers);
 }
 
 /* out [lines, rows] = silu(x gate) * (x up). */
 void few_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *gate, const float *gate_bias,
                const float *up, const float *up_bias, int64_t rows) {
     const layer g = {gate, gate_bias, rows}, u = {up, up_bias, rows};
-    const task t = {out, x, 0, x_line, lines, in, rows};
-#pragma omp parallel for schedule(static) if (rows * in > 8192)
-    for (int64_t s = 0; s < (rows + STEP - 1) / STEP; s++) gated_rows(&t, g, u, s * STEP);
+#pragma omp parallel if (rows * in > 8192)
+    multiply_gated(out, x, x_line, lines, in, g, u);
 }

@@ -1,0 +1,91 @@
+"""Compiled products with weights in tiles of bfloat16 on a CPU that multiplies such: `csrc/tiles.c`. Optional."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from hf_paged.kernels.native import matrix_lines, native_ops
+from hf_paged.kernels.native_products import Layer
+
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+SIDE = 16  # outputs of a tile
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Layers of one input as tiles.
+
+    Attributes:
+        weight: uint16 `[numbers]`. bias: float32 `[outputs]` of all layers, or None.
+        inputs: of each. outputs: of all; of one where they are gates and ups.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    inputs: int
+    outputs: int
+
+
+class TileOps:
+    """Products of `x` `[lines, in]`, float32, with weights `[out, in]` that are exact in bfloat16.
+
+    Each number of `x` is taken apart into three of bfloat16, whose products are exact and summed in float32. A line's
+    products do not depend on how many lines there are.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._tile, self._size, self._linear = library.tile_weights, library.tiled_size, library.tile_linear
+        self._tile.argtypes = [_P, _P] + [_I] * 5
+        self._size.argtypes, self._size.restype = [_I, _I], _I
+        self._linear.argtypes = [_P, _P, _I, _I, _I, _P, _P, _P, _I, _I]
+
+    def tiles(self, layers: Sequence[Layer], gated: bool = False) -> Tiles | None:
+        """Copies of layers side by side, or of a gate and an up; None where a weight is not exact in bfloat16."""
+        inputs, widths = layers[0][0].shape[1], [weight.shape[0] for weight, _ in layers]
+        outputs = widths[0] if gated else sum(widths)
+        # Gates and ups take turns: each fills the tiles up by itself.
+        rows = 2 * -(-outputs // SIDE) * SIDE if gated else outputs
+        out = torch.zeros(self._size(rows, inputs), dtype=torch.uint16)
+        for index, (weight, _) in enumerate(layers):
+            if not _exact(weight[0]):  # soon seen
+                return None
+            kept = weight.detach().contiguous()
+            places = (0, 2, index) if gated else (sum(widths[:index]), 1, 0)
+            if not self._tile(out.data_ptr(), kept.data_ptr(), *kept.shape, *places):
+                return None
+        biases = [bias for _, bias in layers if bias is not None]
+        if biases and len(biases) < len(layers):
+            return None
+        return Tiles(out, torch.cat([bias.detach() for bias in biases]) if biases else None, inputs, outputs)
+
+    def linear(
+        self, x: torch.Tensor, tiles: Tiles, add: torch.Tensor | None = None, gated: bool = False
+    ) -> torch.Tensor:
+        """`x` through the layers, `[lines, outputs]`, plus `add` of that shape; if gated, silu(gate(x)) * up(x).
+
+        Raises:
+            MemoryError: there was none for the parts of `x`.
+        """
+        x, add = matrix_lines(x), None if add is None else add.contiguous()
+        out = x.new_empty(x.shape[0], tiles.outputs)
+        added, bias = (None if part is None else part.data_ptr() for part in (add, tiles.bias))
+        places = added, tiles.weight.data_ptr(), bias, tiles.outputs, gated
+        if self._linear(out.data_ptr(), x.data_ptr(), x.stride(0), *x.shape, *places):
+            raise MemoryError(f"no memory for the parts of {x.shape[0]} lines of {x.shape[1]} numbers")
+        return out
+
+
+def _exact(numbers: torch.Tensor) -> bool:
+    return torch.equal(numbers, numbers.bfloat16().float())
+
+
+@lru_cache(maxsize=1)
+def tile_ops() -> TileOps | None:
+    """The compiled ops, or None where there are none, or no tiles are multiplied."""
+    ops = native_ops()
+    return TileOps(ops.library) if ops is not None and ops.library.tiles_ready() else None
