@@ -27,7 +27,10 @@ from hf_paged.kernels.seen import Seen
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 # Sums may be reordered, but infinities stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11", "-w")
-EXACT = {"sampling": ("-fno-fast-math", "-ffp-contract=off")}  # here what is compared is rounded as torch rounds it
+EXACT = {
+    "sampling": ("-fno-fast-math", "-ffp-contract=off"),  # here what is compared is rounded as torch rounds it
+    "tiles": ("-fno-associative-math",),  # here a line's sums are the same whatever stands beside it
+}
 SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 

@@ -1,4 +1,4 @@
-"""Compiled products with weights in tiles of bfloat16 on a CPU that multiplies such: `csrc/tiles.c`. Optional."""
+"""Compiled products with weights in tiles of bfloat16 on a CPU: `csrc/tiles.c`. Optional."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ class Tiles:
 class TileOps:
     """Products of `x` `[lines, in]`, float32, with weights `[out, in]` that are exact in bfloat16.
 
-    Each number of `x` is taken apart into three of bfloat16, whose products are exact and summed in float32. A line's
-    products do not depend on how many lines there are.
+    They are as accurate as in float32, and a line's do not depend on how many lines there are.
+
+    Attributes:
+        by_amx: whether the processor multiplies tiles as such.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -43,6 +45,7 @@ class TileOps:
         self._tile.argtypes = [_P, _P] + [_I] * 5
         self._size.argtypes, self._size.restype = [_I, _I], _I
         self._linear.argtypes = [_P, _P, _I, _I, _I, _P, _P, _P, _I, _I]
+        self.by_amx = bool(library.tiles_by_amx(1))
 
     def tiles(self, layers: Sequence[Layer], gated: bool = False) -> Tiles | None:
         """Copies of layers side by side, or of a gate and an up; None where a weight is not exact in bfloat16."""
@@ -86,6 +89,6 @@ def _exact(numbers: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def tile_ops() -> TileOps | None:
-    """The compiled ops, or None where there are none, or no tiles are multiplied."""
+    """The compiled ops, or None where there are none."""
     ops = native_ops()
-    return TileOps(ops.library) if ops is not None and ops.library.tiles_ready() else None
+    return None if ops is None else TileOps(ops.library)

@@ -53,7 +53,7 @@ typedef struct {
     const sizes *n;
     const inputs *in;
     float *hidden, *scratch, *cos, *sin; /* [lines, width]; what `run_block` needs; [lines, dim] */
-    uint16_t *parts;                     /* of lines that are taken apart, see `tiles.c` */
+    void *parts;                         /* of lines that are taken apart, see `tiles.c` */
     int64_t *taken;                      /* a counter for each block's attention */
     grouped_task *groups;
     float scale, eps;
@@ -136,6 +136,7 @@ static float *run_block(state *s, const block *b, int64_t index, int last) {
     rotate_lines(query, key, key + keys, s->cos, s->sin, b->keys, b->values, s->in->slots, joined, joined, joined, count, n->heads,
                  n->kv_heads, n->dim, n->page);
     attend(s, b, index, mixed, query, joined);
+    if (last && !s->in->wanted_lines) return hidden;
     if (last) { /* nothing reads the other lines any more: their KV is stored */
         pick(s, query, lines, mixed, hidden, queries);
         mixed = query, hidden = lines, lines = s->hidden, count = s->in->wanted_lines;
@@ -168,7 +169,7 @@ int few_forward(float *logits, const ends *e, const block *blocks, int64_t count
     for (int64_t l = 0; l < n->lines; l++)
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
     float *hidden = whole_lines(sizeof(float) * (size_t)floats);
-    uint16_t *parts = n->tiled ? whole_lines(size_of_parts(n->lines, widest > queries ? widest : queries)) : 0;
+    void *parts = n->tiled ? whole_lines(size_of_parts(n->lines, widest > queries ? widest : queries)) : 0;
     int64_t *taken = calloc((size_t)count, sizeof *taken);
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
     state s = {n, in, hidden, scratch, e->frequencies ? angles : (float *)cos, e->frequencies ? angles + n->lines * n->dim : (float *)sin,

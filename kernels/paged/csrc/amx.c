@@ -1,0 +1,106 @@
+/* Products of tiles of bfloat16 by a processor that has them (AMX). A float32 number is the sum of three bfloat16 numbers of eight
+ * bits each: lines are taken apart so, and the products of their parts with weights that bfloat16 holds exactly are exact in
+ * float32, in which they are summed. That is no less accurate than products in float32. */
+#include "tiles.h"
+#if defined __AMX_BF16__ && defined __AVX512BW__
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Whether this process may multiply tiles. The kernel wants to be asked: a thread's state grows by 8 KB. */
+int amx_ready(void) {
+    enum { REQUEST = 0x1023, TILES = 18 };
+    return syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+}
+
+/* Lines of x, taken apart by the threads of a team: part p of line l is line l % TOGETHER * PARTS + p of its tiles. Inputs are
+ * filled up by zeros. An infinity leaves parts that are no numbers, and so do its products. */
+void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in) {
+    const int64_t deep = blocks_of(in, DEEP);
+    const __m512i top = _mm512_set1_epi32((int)0xffff0000);
+    uint16_t upper[DEEP]; /* places of the upper halves of two vectors of float32 */
+    for (int i = 0; i < DEEP; i++) upper[i] = (uint16_t)(2 * i + 1);
+    const __m512i halves = _mm512_loadu_si512(upper);
+#pragma omp for schedule(static)
+    for (int64_t l = 0; l < lines; l++)
+        for (int64_t j = 0; j < deep; j++) {
+            uint16_t *to = parts + (l / TOGETHER * deep + j) * TILE + l % TOGETHER * PARTS * DEEP;
+            const float *from = x + l * x_line + j * DEEP;
+            const int64_t left = in - j * DEEP;
+            const uint32_t mask = left >= DEEP ? 0xffffffff : (1u << left) - 1;
+            __m512 a = _mm512_maskz_loadu_ps((__mmask16)mask, from), b = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + 16);
+            for (int p = 0; p < PARTS; p++) {
+                const __m512i a_top = _mm512_and_si512((__m512i)a, top), b_top = _mm512_and_si512((__m512i)b, top);
+                _mm512_store_si512(to + p * DEEP, _mm512_permutex2var_epi16(a_top, halves, b_top));
+                a = _mm512_sub_ps(a, (__m512)a_top), b = _mm512_sub_ps(b, (__m512)b_top);
+            }
+        }
+}
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t lines[16];
+} shapes;
+
+/* Tiles 0 to 3 are sums, 4 and 5 parts of lines, 6 and 7 weights. */
+static void shape_tiles(int64_t lines) {
+    shapes s __attribute__((aligned(64))) = {.palette = 1};
+    for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.lines[i] = i < 6 && lines < TOGETHER ? (uint8_t)(PARTS * lines) : SIDE;
+    _tile_loadconfig(&s);
+}
+
+/* sums[2 * a + b]: products of lines a (of one or two tiles) with weights b (of two), 16 x 16. Fetches its part of the weights
+ * that come next. */
+INLINE void multiply(float (*sums)[SIDE * SIDE], const uint16_t *parts, const uint16_t *weight, int64_t deep, int64_t pass,
+                     int64_t passes, const int two) {
+    const uint16_t *more = parts + deep * TILE;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t j = 0, turn = pass; j < deep; j++, turn = turn ? turn - 1 : passes - 1) {
+        const uint16_t *w = weight + j * 2 * TILE;
+        if (!turn)
+#pragma GCC unroll 32
+            for (int i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(w + deep * 2 * TILE + i, 0, 2);
+        _tile_loadd(6, w, 64); _tile_loadd(7, w + TILE, 64);
+        _tile_loadd(4, parts + j * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+        if (!two) continue;
+        _tile_loadd(5, more + j * TILE, 64);
+        _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64);
+    if (!two) return;
+    _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+}
+
+/* The sum of a line's parts, smallest first. */
+INLINE lanes joined(const float *sums, int64_t line) {
+    const float *s = sums + line * PARTS * SIDE;
+    return *(const lanes *)(s + 2 * SIDE) + *(const lanes *)(s + SIDE) + *(const lanes *)s;
+}
+
+/* `multiply_tiles` over lines that were taken apart. */
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
+    const int64_t deep = blocks_of(in, DEEP), groups = blocks_of(lines, TOGETHER), passes = (groups + 1) / 2;
+    float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
+    if (!lines) return; /* tiles have lines */
+    shape_tiles(lines);
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < pairs; pair++)
+        for (int64_t g = 0; g < groups; g += 2) {
+            const uint16_t *w = weight + pair * deep * 2 * TILE, *p = parts + g * deep * TILE;
+            const int two = g + 1 < groups;
+            if (two) multiply(sums, p, w, deep, g / 2, passes, 1);
+            else multiply(sums, p, w, deep, g / 2, passes, 0);
+            for (int64_t i = 0; i < (1 + two) * TOGETHER && g * TOGETHER + i < lines; i++) {
+                float(*s)[SIDE * SIDE] = sums + i / TOGETHER * 2;
+                const lanes line[PAIR] = {joined(s[0], i % TOGETHER), joined(s[1], i % TOGETHER)};
+                write_line(t, line, g * TOGETHER + i, pair);
+            }
+        }
+    _tile_release();
+}
+#else
+int amx_ready(void) { return 0; }
+void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in) {}
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {}
+#endif
