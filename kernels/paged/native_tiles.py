@@ -45,7 +45,13 @@ class TileOps:
         self._tile.argtypes = [_P, _P] + [_I] * 5
         self._size.argtypes, self._size.restype = [_I, _I], _I
         self._linear.argtypes = [_P, _P, _I, _I, _I, _P, _P, _P, _I, _I]
-        self.by_amx = bool(library.tiles_by_amx(1))
+        self._by_amx = library.tiles_by_amx
+        self.by_amx = self.use_amx(True)
+
+    def use_amx(self, wanted: bool) -> bool:
+        """Multiply tiles as such if that is wanted and can be; returns whether it is done."""
+        self.by_amx = bool(self._by_amx(wanted))
+        return self.by_amx
 
     def tiles(self, layers: Sequence[Layer], gated: bool = False) -> Tiles | None:
         """Copies of layers side by side, or of a gate and an up; None where a weight is not exact in bfloat16."""

@@ -1,0 +1,164 @@
+"""Products over copies of weights in tiles of bfloat16, and models whose weights are such."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_lean import GREEDY, alone, make, tokens
+
+from hf_paged import Engine, SamplingParams
+from hf_paged.integrations import lean
+from hf_paged.integrations.tiled import TiledLinear
+from hf_paged.kernels.native_tiles import tile_ops
+
+pytestmark = pytest.mark.skipif(tile_ops() is None, reason="no C compiler: nothing is compiled")
+
+
+@pytest.fixture(params=["amx", "float32"], autouse=True)
+def multiplied_by(request):
+    """As such where the processor has them, and as every other one does it."""
+    ops = tile_ops()
+    before = ops.by_amx
+    if request.param == "amx" and not ops.use_amx(True):
+        pytest.skip("the processor does not multiply tiles (AMX)")
+    if request.param == "float32":
+        ops.use_amx(False)
+    yield
+    ops.use_amx(before)
+
+
+def short(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers that bfloat16 holds."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def rounded(kind: str) -> torch.nn.Module:
+    model = make(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    return model
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lines=st.integers(0, 70),
+    inputs=st.sampled_from([1, 2, 31, 32, 33, 64, 100, 384]),
+    widths=st.lists(st.sampled_from([1, 7, 15, 16, 17, 32, 48, 130]), min_size=1, max_size=3),
+    biased=st.booleans(),
+    gated=st.booleans(),
+    size=st.sampled_from([1e-30, 1.0, 1e15]),
+)
+def test_products_are_as_exact_as_in_float32(lines, inputs, widths, biased, gated, size):
+    widths = widths[:1] * 2 if gated else widths
+    layers = [(short(n, inputs, seed=i), short(n, seed=9) if biased else None) for i, n in enumerate(widths)]
+    x = torch.randn(lines, inputs + 3, generator=torch.Generator().manual_seed(1))[:, :inputs] * size
+    tiles = tile_ops().tiles(layers, gated)
+    parts = [F.linear(x.double(), weight.double(), None if bias is None else bias.double()) for weight, bias in layers]
+    scales = [F.linear(x.double().abs(), weight.double().abs()) + 3 for weight, _ in layers]
+    if gated:
+        got = tile_ops().linear(x, tiles, gated=True).double()
+        wanted, most = F.silu(parts[0]) * parts[1], scales[0] * scales[1]
+    else:
+        add = torch.randn(lines, sum(widths)) * size
+        got = tile_ops().linear(x, tiles, add=add).double()
+        wanted, most = torch.cat(parts, -1) + add, torch.cat(scales, -1) + add.abs()
+    assert got.shape == wanted.shape and bool(((got - wanted).abs() <= 3e-6 * most).all())
+
+
+@pytest.mark.parametrize("inputs", [40, 384])
+def test_a_line_does_not_depend_on_its_company(inputs):
+    tiles = tile_ops().tiles([(short(100, inputs), None)])
+    x = torch.randn(61, inputs)
+    whole = tile_ops().linear(x, tiles)
+    for count in (1, 2, 3, 5, 6, 11, 12, 13, 24, 37):
+        assert torch.equal(tile_ops().linear(x[:count], tiles), whole[:count])
+        assert torch.equal(tile_ops().linear(x[-count:], tiles), whole[-count:])
+
+
+def test_what_is_no_number_stays_with_its_line():
+    tiles = tile_ops().tiles([(short(40, 64), None)])
+    x = torch.randn(7, 64)
+    clean = tile_ops().linear(x, tiles)
+    x[2, 5], x[4, 63] = float("nan"), float("inf")
+    got = tile_ops().linear(x, tiles)
+    assert not got[2].isfinite().any() and not got[4].isfinite().any()
+    others = [0, 1, 3, 5, 6]
+    assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("at", [(0, 0), (39, 63), (17, 20)])
+def test_weights_that_bfloat16_does_not_hold_are_declined(at):
+    weight = short(40, 64)
+    weight[at] = 1 + 2**-12
+    assert tile_ops().tiles([(short(40, 64), None), (weight, None)]) is None
+    assert tile_ops().tiles([(weight, None), (short(40, 64), None)], gated=True) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_tokens_are_the_models(kind):
+    model = rounded(kind)
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        assert tokens(engine) == alone(model)
+        assert isinstance(engine.forward.run.tiles, TiledLinear)
+
+
+@pytest.mark.parametrize("most", [0, 1024])
+def test_logits_do_not_depend_on_the_batch(most, monkeypatch):
+    """Bit for bit: in a call for the whole forward, and in one for each op."""
+    monkeypatch.setattr(lean, "MOST_TILED", most)
+    model, seen = rounded("llama"), []
+    prompts = [[3 + i, 9, 2 * i + 1, 4] for i in range(9)]
+    wanted = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
+    for batch in (1, 3, 9):
+        with Engine(model, num_pages=64, page_size=4, prefix_caching=False) as engine:
+            made = [engine.generate(prompts[i : i + batch], wanted) for i in range(0, 9, batch)]
+        answers = [request.outputs[0] for part in made for request in part]
+        seen.append([(answer.token_ids, answer.logprobs) for answer in answers])
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("change", ["data", "in place", "replaced", "no longer exact"])
+def test_no_stale_copy_in_the_next_call(change):
+    model = rounded("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        before, layer = tokens(engine), model.model.layers[0].mlp.down_proj
+        with torch.no_grad():
+            if change == "data":
+                layer.weight.data.mul_(-2)
+            elif change == "in place":
+                layer.weight.mul_(-2)
+            elif change == "replaced":
+                layer.weight = torch.nn.Parameter(layer.weight * -2)
+            else:
+                layer.weight.mul_(-2.01)
+        after = tokens(engine)
+        assert after == alone(model) and after != before
+        assert (engine.forward.run.tiles is None) == (change == "no longer exact")
+
+
+def test_copies_are_dropped_when_a_weight_changes_between_steps():
+    model = rounded("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        engine.submit([30, 5], GREEDY)
+        engine.step()
+        tiles = engine.forward.run.tiles
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+        assert tiles is not None and not tiles.current()
+        engine.step()
+        assert engine.forward.run.tiles is not tiles
+
+
+def test_large_models_are_not_copied(monkeypatch):
+    monkeypatch.setattr(lean, "PACK_BYTES", 10)
+    with Engine(rounded("llama"), num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        assert engine.forward.run.tiles is None
+
+
+def test_the_first_layers_alone_share_the_copies():
+    model = rounded("llama")
+    with Engine(model, num_pages=64, page_size=4, speculation={"method": "layer_skip", "early_exit": 1}) as engine:
+        assert tokens(engine) == alone(model)
