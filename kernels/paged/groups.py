@@ -15,8 +15,9 @@ import numpy as np
 
 from hf_paged.kernels.rows import ALL, PagedRows
 
-# Below these a part costs more to merge than it saves (measured on two cores, 6 heads over 2, of 64).
-LEAST_SLOTS, LEAST_QUERIES = 192, 8
+# Below these a part costs more to merge than it saves (measured on two cores, 6 heads over 2, of 64). Heads of a query
+# that share keys are lines of one product, which wants some lines: with such heads fewer queries are enough.
+LEAST_SLOTS, LEAST_QUERIES, LEAST_LINES = 192, 8, 10
 LEAST_CAUSAL = 64  # the same of a chunk and what it sees: nothing is read for others there, but many queries at once
 
 
@@ -40,16 +41,21 @@ class Groups:
     parts: np.ndarray
 
 
-def build_groups(rows: PagedRows) -> Groups | None:
-    """The groups of a step, or None where nothing is shared."""
-    if len(rows.query_lens) == 1 and len(rows.slots) < LEAST_QUERIES:
+def build_groups(rows: PagedRows, heads: int = 1) -> Groups | None:
+    """The groups of a step, or None where nothing is shared.
+
+    Args:
+        heads: of a query that share keys.
+    """
+    least = min(LEAST_QUERIES, -(-LEAST_LINES // heads))
+    if len(rows.query_lens) == 1 and len(rows.slots) < least:
         return None
     first = rows.page_table[:, 0].tolist()
     # Prompts' chunks that are groups by themselves.
-    chunks = (rows.query_lens >= LEAST_QUERIES) & (rows.context_lens >= LEAST_CAUSAL)
+    chunks = (rows.query_lens >= least) & (rows.context_lens >= LEAST_CAUSAL)
     if not chunks.any() and len(set(first)) == len(first):
         return None
-    found = _Finder(rows)
+    found = _Finder(rows, least)
     by_page: dict[int, list[int]] = {}
     for row, page in enumerate(first):
         by_page.setdefault(page, []).append(row)
@@ -62,12 +68,13 @@ def build_groups(rows: PagedRows) -> Groups | None:
 class _Finder:
     """Walks down the tree that the page tables form."""
 
-    def __init__(self, rows: PagedRows) -> None:
+    def __init__(self, rows: PagedRows, least: int) -> None:
+        self.least = least  # queries of a segment
         self.size, self.table, self.lens = rows.page_size, rows.page_table, rows.query_lens
         self.before = rows.context_lens - rows.query_lens  # slots that all queries of a row see
         ends = rows.query_lens.cumsum()
         self.start = ends - rows.query_lens
-        self.several = (rows.query_lens >= LEAST_QUERIES).tolist()
+        self.several = (rows.query_lens >= least).tolist()
         self.causal = self.several
         if rows.tree is not None:
             self.before = np.minimum(self.before, rows.tree.base[self.start])
@@ -115,7 +122,7 @@ class _Finder:
     def _segment(self, rows: list[int], begin: int, end: int) -> int:
         """Slots `begin` to `end` for all queries of `rows`, if that pays. Returns the first that is in no segment."""
         first, lens = self.start[rows], self.lens[rows]
-        if end - begin < LEAST_SLOTS or lens.sum() < LEAST_QUERIES:
+        if end - begin < LEAST_SLOTS or lens.sum() < self.least:
             return begin
         ends = lens.cumsum()
         # Of each row its first query and those after it.

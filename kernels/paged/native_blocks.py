@@ -75,7 +75,8 @@ class ForwardOp:
             IndexError: a token that the model does not have.
             MemoryError: there was none for the lines' numbers on their way.
         """
-        sights = {window: _sight(rows, window) for window in set(model.windows)}
+        heads = model.sizes[2] // model.sizes[3]  # of a query that share keys
+        sights = {window: _sight(rows, window, heads) for window in set(model.windows)}
         model.blocks[:, -1] = [address(sights[window]) for window in model.windows]
         table, out = rows.page_table, torch.empty(len(logits_at), model.outputs)
         shape = np.array([len(token_ids), *model.sizes, rows.page_size, table.shape[1]], np.int64)
@@ -91,11 +92,11 @@ class ForwardOp:
         return out
 
 
-def _sight(rows: PagedRows, window: int | None) -> np.ndarray:
+def _sight(rows: PagedRows, window: int | None, heads: int) -> np.ndarray:
     """The fields of `sight` in `blocks.c`. What they point to lives as long as `rows`."""
 
     def make() -> np.ndarray:
-        step = grouped_step(rows, window)
+        step = grouped_step(rows, window, heads)
         if step is not None:
             return np.array([step.address, 0, 0, 0, 0, 0], np.int64)
         seen = seen_by(rows, window)

@@ -28,7 +28,7 @@ def paged_attention(
         fresh = None  # pages hold less of it, and what a row reads must not depend on how it is cut into steps
     native, n = _native(query, key_pages, rows), rows.num_decodes
     if native is not None:
-        step = grouped_step(rows, window)
+        step = grouped_step(rows, window, query.shape[1] // key_pages.shape[1])
         if step is not None:
             return native.grouped(query, key_pages, value_pages, step, scale, softcap, sinks)
         seen = seen_by(rows, window)
@@ -68,16 +68,17 @@ def _native(query: torch.Tensor, key_pages: torch.Tensor, rows: PagedRows) -> Na
     return native_ops() if fits else None
 
 
-def grouped_step(rows: PagedRows, window: int | None) -> GroupedStep | None:
-    """What queries share; None where nothing is, or where a window hides some of it from some of them."""
+def grouped_step(rows: PagedRows, window: int | None, heads: int) -> GroupedStep | None:
+    """What queries share, of which so many heads share keys; None where nothing is, or where a window hides some of it
+    from some of them."""
     if not rows.grouped or (window is not None and rows.context_lens.max() > window):
         return None
 
     def make() -> GroupedStep | None:
-        groups = build_groups(rows)
+        groups = build_groups(rows, heads)
         return None if groups is None else GroupedStep(rows.page_table, build_seen(rows, None), groups)
 
-    return rows.derived("grouped", make)
+    return rows.derived(("grouped", heads), make)
 
 
 def seen_by(rows: PagedRows, window: int | None) -> Seen:
