@@ -9,6 +9,7 @@ from test_lean import GREEDY, alone, make, tokens
 
 from hf_paged import Engine, SamplingParams
 from hf_paged.integrations import lean
+from hf_paged.integrations.linear import PackedLinear
 from hf_paged.integrations.tiled import TiledLinear
 from hf_paged.kernels.native_tiles import tile_ops
 
@@ -151,11 +152,21 @@ def test_copies_are_dropped_when_a_weight_changes_between_steps():
         assert engine.forward.run.tiles is not tiles
 
 
-def test_large_models_are_not_copied(monkeypatch):
-    monkeypatch.setattr(lean, "PACK_BYTES", 10)
-    with Engine(rounded("llama"), num_pages=64, page_size=4) as engine:
+@pytest.mark.parametrize("pack, memory, copied", [("auto", 1 << 30, True), ("auto", 8, False), (True, 8, True)])
+def test_models_are_copied_where_there_is_memory(pack, memory, copied, monkeypatch):
+    monkeypatch.setattr(lean, "allowed_memory", lambda: memory)
+    with Engine(rounded("llama"), num_pages=64, page_size=4, pack_weights=pack) as engine:
         tokens(engine)
-        assert engine.forward.run.tiles is None
+        assert (engine.forward.run.tiles is not None) == copied
+
+
+def test_nothing_is_copied_unless_wanted(monkeypatch):
+    monkeypatch.setattr(lean, "PACK_AFTER", 0)
+    with Engine(rounded("llama"), num_pages=64, page_size=4, pack_weights=False) as engine:
+        tokens(engine)
+        assert engine.forward.run.tiles is None and not isinstance(engine.forward.run.ops, PackedLinear)
+    with pytest.raises(ValueError, match="pack_weights='yes' is not allowed"):
+        Engine(rounded("llama"), pack_weights="yes")
 
 
 def test_the_first_layers_alone_share_the_copies():

@@ -116,7 +116,7 @@ def _own_forward(engine: ModelEngine, ref: weakref.ref[nn.Module], own: ModelFac
     """A draft model's forward, over as many pages as the target has."""
     verify_forward(ref(), own)
     store = KVStore(list(own.layers), engine.store.num_pages, engine.config.page_size, own.dtype, own.device)
-    return PagedForward(ref, store, engine.config.backend), store
+    return PagedForward(ref, store, engine.config.backend, pack=engine.config.pack_weights), store
 
 
 def _common_settings(engine: ModelEngine) -> dict[str, Any]:

@@ -110,14 +110,19 @@ class PagedForward:
     """
 
     def __init__(
-        self, model: Callable[[], nn.Module], store: KVStore, backend: str = "auto", compiled: bool = False
+        self,
+        model: Callable[[], nn.Module],
+        store: KVStore,
+        backend: str = "auto",
+        compiled: bool = False,
+        pack: bool | str = "auto",
     ) -> None:
-        self.model, self.store, self.backend = model, store, backend
+        self.model, self.store, self.backend, self.pack = model, store, backend, pack
         self._compile, self.compiled = compiled, None
         self.refresh()
 
     def refresh(self) -> None:
-        lean, before = LeanForward.build(self.model(), self.store, self.backend), getattr(self, "run", None)
+        lean, before = LeanForward.build(self.model(), self.store, self.backend, self.pack), getattr(self, "run", None)
         if lean is not None and isinstance(before, LeanForward):
             lean.keep(before)
         if lean is None and self._compile and self.compiled is None:
@@ -162,7 +167,7 @@ def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
     length = window + 3 if isinstance(window, int) and 0 < window <= 64 else 5
     rows = [[(7 * i + 3) % facts.vocab_size for i in range(length)], [(5 * i + 1) % facts.vocab_size for i in range(3)]]
     store = KVStore(list(facts.layers), 2 * length + 8, 2, facts.dtype, facts.device)
-    forward, memory = PagedForward(lambda: model, store), Memory(store.num_pages, store.page_size)
+    forward, memory = PagedForward(lambda: model, store, pack=False), Memory(store.num_pages, store.page_size)
     sequences = [memory.open(list(row)) for row in rows]
     got = []
     try:

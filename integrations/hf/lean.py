@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_paged.config import allowed_memory
 from hf_paged.integrations.elementwise import elementwise_backend
 from hf_paged.integrations.few import FewLines
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
@@ -32,6 +33,7 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Weights of up to so many bytes are copied into oneDNN's order, once so many tokens were computed with them.
 PACK_BYTES = 64 * 2**20
 PACK_AFTER = 512
+TILED_SHARE = 8  # tiles may have so much of the memory: one part of 8
 MOST_TILED = 1024  # lines of a step that one call computes from tokens to logits
 
 
@@ -79,12 +81,12 @@ class LeanForward:
     Args:
         model: the causal model; only its submodules are kept, so that a model can be freed while its engine lives.
         store: KV of the model.
-        backend: as in `EngineConfig`.
+        backend, pack: as `backend` and `pack_weights` in `EngineConfig`.
     """
 
-    def __init__(self, model: nn.Module, store: KVStore, backend: str = "auto") -> None:
+    def __init__(self, model: nn.Module, store: KVStore, backend: str = "auto", pack: bool | str = "auto") -> None:
         body = model.model
-        self.store = store
+        self.store, self.pack = store, pack
         self.embed, self.norm, self.rotary, self.head = (
             body.embed_tokens,
             body.norm,
@@ -121,7 +123,9 @@ class LeanForward:
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
-    def build(cls, model: nn.Module, store: KVStore, backend: str = "auto") -> LeanForward | None:
+    def build(
+        cls, model: nn.Module, store: KVStore, backend: str = "auto", pack: bool | str = "auto"
+    ) -> LeanForward | None:
         """A lean forward for `model`, or None where its own forward must run."""
         if type(model).__name__ not in FAMILIES or not _plain(model, "ForCausalLM"):
             return None
@@ -134,7 +138,7 @@ class LeanForward:
         made = all(type(p) is nn.Parameter for p in parameters)  # not quantised, nor spread over processes
         if not (outer and ends and made and len(kinds) == 1):
             return None
-        forward = cls(model, store, backend)
+        forward = cls(model, store, backend, pack)
         whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim
         if not whole or not all(layer.plain() for layer in forward.layers):
             return None
@@ -208,11 +212,17 @@ class LeanForward:
             return self.tiles
         if self.tiles is not None and not self.tiles.current():
             self.tiles = None
-        if self.tiles is None and self._weight_bytes() <= PACK_BYTES:
+        if self.tiles is None and self._tiles_fit():
             attentions, mlps = [layer.attention for layer in self.layers], [layer.mlp for layer in self.layers]
             self.tiles = TiledLinear.build(self._tile_ops, attentions, mlps, self.head)
         self._tiled_for = self.vouched
         return self.tiles
+
+    def _tiles_fit(self) -> bool:
+        """Whether there is to be memory for tiles."""
+        if self.pack != "auto":
+            return bool(self.pack)
+        return (self._weight_bytes() + self.head.weight.nbytes) // 2 <= allowed_memory() // TILED_SHARE
 
     def most_lines(self) -> int:
         """Lines up to which a forward is one call."""
@@ -224,8 +234,8 @@ class LeanForward:
         if isinstance(self.ops, PackedLinear):
             if not self.ops.current():
                 self.ops, self.computed = self.plain, 0
-        elif isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER and self._weight_bytes() <= PACK_BYTES:
-            self.ops = self._packed()
+        elif self.pack and isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
+            self.ops = self._packed() if self._weight_bytes() <= PACK_BYTES else self.ops
 
     def _weight_bytes(self) -> int:
         """Of all blocks' products."""

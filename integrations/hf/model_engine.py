@@ -69,7 +69,7 @@ class ModelEngine:
         pages = pool_pages(config, self.facts)
         pages = pages if self.team is None else self.team.least(pages)
         self.store = KVStore(layers, pages, config.page_size, kv_dtype(config, self.facts), self.facts.device)
-        self.forward = PagedForward(self._model, self.store, config.backend, config.compile)
+        self.forward = PagedForward(self._model, self.store, config.backend, config.compile, config.pack_weights)
         self.validity = Validity(self._model)
         settings = core_settings(config, self.facts)
         own = self.team is None  # graphs over several processes are not tried

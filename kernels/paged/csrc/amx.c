@@ -6,6 +6,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+enum { KEPT = 1024 }; /* tiles of lines that stay in the second level beside weights: 1 MB */
+
 /* Whether this process may multiply tiles. The kernel wants to be asked: a thread's state grows by 8 KB. */
 int amx_ready(void) {
     enum { REQUEST = 0x1023, TILES = 18 };
@@ -78,26 +80,38 @@ INLINE lanes joined(const float *sums, int64_t line) {
     return *(const lanes *)(s + 2 * SIDE) + *(const lanes *)(s + SIDE) + *(const lanes *)s;
 }
 
-/* `multiply_tiles` over lines that were taken apart. */
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
-    const int64_t deep = blocks_of(in, DEEP), groups = blocks_of(lines, TOGETHER), passes = (groups + 1) / 2;
+/* Of pair `pair`, weights w, all products with `groups` tiles of lines, the first of which is tile `first` of all. */
+INLINE void multiply_pair(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *w, int64_t pair,
+                          int64_t first, int64_t groups) {
+    const int64_t passes = (groups + 1) / 2;
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
+    for (int64_t g = 0; g < groups; g += 2) {
+        const uint16_t *p = parts + (first + g) * deep * TILE;
+        const int64_t line = (first + g) * TOGETHER, left = lines - line;
+        const int two = g + 1 < groups;
+        if (two) multiply(sums, p, w, deep, g / 2, passes, 1);
+        else multiply(sums, p, w, deep, g / 2, passes, 0);
+        for (int64_t i = 0; i < (1 + two) * TOGETHER && i < left; i++) {
+            float(*s)[SIDE * SIDE] = sums + i / TOGETHER * 2;
+            const lanes both[PAIR] = {joined(s[0], i % TOGETHER), joined(s[1], i % TOGETHER)};
+            write_line(t, both, line + i, pair);
+        }
+    }
+}
+
+/* `multiply_tiles` over lines that were taken apart: as many at a time as stay in the second level for all weights. */
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
+    const int64_t deep = blocks_of(in, DEEP), all = blocks_of(lines, TOGETHER), fit = KEPT / deep > 2 ? KEPT / deep / 2 * 2 : 2;
     if (!lines) return; /* tiles have lines */
     shape_tiles(lines);
-#pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < pairs; pair++)
-        for (int64_t g = 0; g < groups; g += 2) {
-            const uint16_t *w = weight + pair * deep * 2 * TILE, *p = parts + g * deep * TILE;
-            const int two = g + 1 < groups;
-            if (two) multiply(sums, p, w, deep, g / 2, passes, 1);
-            else multiply(sums, p, w, deep, g / 2, passes, 0);
-            for (int64_t i = 0; i < (1 + two) * TOGETHER && g * TOGETHER + i < lines; i++) {
-                float(*s)[SIDE * SIDE] = sums + i / TOGETHER * 2;
-                const lanes line[PAIR] = {joined(s[0], i % TOGETHER), joined(s[1], i % TOGETHER)};
-                write_line(t, line, g * TOGETHER + i, pair);
-            }
-        }
+    for (int64_t first = 0; first < all; first += fit) {
+        const int64_t groups = all - first < fit ? all - first : fit;
+#pragma omp for schedule(static) nowait
+        for (int64_t pair = 0; pair < pairs; pair++)
+            multiply_pair(t, parts, lines, deep, weight + pair * deep * 2 * TILE, pair, first, groups);
+    }
     _tile_release();
+#pragma omp barrier
 }
 #else
 int amx_ready(void) { return 0; }
