@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_filters import params_strategy, random_scores, tensors
 
 from hf_paged import filters
+from hf_paged.kernels import native_sums
 from hf_paged.kernels.native_products import FEW, product_ops
 from hf_paged.kernels.native_sampling import sampling_ops
 from hf_paged.params import SamplingParams
@@ -120,3 +121,30 @@ def test_a_line_does_not_depend_on_how_many_there_are():
     for lines in (1, 2, 3, 5):
         assert torch.equal(ops.linear(x[:lines], layer), together[:lines])
         assert torch.equal(ops.gated(x[:lines], layer, layer), gated[:lines])
+
+
+def test_sums_of_bits_are_those_of_torch(monkeypatch):
+    parts = [torch.randn(*shape) for shape in [(3, 5), (1,), (16,), (7, 33), (128, 300)]]
+    looks = [(every, turn) for every in (1, 2, 5) for turn in range(every)]
+    compiled = [native_sums.sum_of_bits(parts, *look) for look in looks]
+    monkeypatch.setattr(native_sums, "native_ops", lambda: None)
+    assert compiled == [native_sums.sum_of_bits(parts, *look) for look in looks]
+    parts[4][100, 7] += 1
+    assert compiled != [native_sums.sum_of_bits(parts, *look) for look in looks]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_samples_see_what_changed(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native_sums, "native_ops", lambda: None)
+    views = [torch.arange(90, dtype=dtype)[::3] for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)]
+    samples = native_sums.Samples(views, 4)
+    assert samples.same()
+    for view in views:
+        before = view[21].item()  # 30 numbers, of which every seventh is looked at
+        view[21] = 5
+        assert not samples.same()
+        view[21] = before
+        view[20] = 5
+        assert samples.same()
+    assert native_sums.Samples([], 4).same()

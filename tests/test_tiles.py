@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_lean import GREEDY, alone, make, tokens
 
 from hf_paged import Engine, SamplingParams
-from hf_paged.integrations import lean
+from hf_paged.integrations import copies, lean
 from hf_paged.integrations.linear import PackedLinear
 from hf_paged.integrations.tiled import TiledLinear
 from hf_paged.kernels.native_tiles import tile_ops
@@ -150,6 +150,28 @@ def test_copies_are_dropped_when_a_weight_changes_between_steps():
         assert tiles is not None and not tiles.current()
         engine.step()
         assert engine.forward.run.tiles is not tiles
+
+
+def test_large_copies_are_looked_at_share_by_share(monkeypatch):
+    """One number written through `.data` is seen after as many looks as there are shares."""
+    monkeypatch.setattr(copies, "LOOK_BYTES", 2000)
+    model = rounded("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        tiles = engine.forward.run.tiles
+        assert all(tiles.unchanged() for _ in range(50))
+        model.model.layers[1].mlp.up_proj.weight.data[3, 7] += 1
+        assert tiles.current() and not all(tiles.unchanged() for _ in range(50))
+
+
+def test_forgetting_drops_copies():
+    with Engine(rounded("llama"), num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        before = engine.forward.run.tiles
+        tokens(engine)
+        assert engine.forward.run.tiles is before
+        engine.forget()
+        assert engine.forward.run.tiles is None
 
 
 @pytest.mark.parametrize("pack, memory, copied", [("auto", 1 << 30, True), ("auto", 8, False), (True, 8, True)])

@@ -121,9 +121,10 @@ class PagedForward:
         self._compile, self.compiled = compiled, None
         self.refresh()
 
-    def refresh(self) -> None:
+    def refresh(self, anew: bool = False) -> None:
+        """Look at the model; `anew`: keep no copies of its weights, whatever they look like."""
         lean, before = LeanForward.build(self.model(), self.store, self.backend, self.pack), getattr(self, "run", None)
-        if lean is not None and isinstance(before, LeanForward):
+        if lean is not None and isinstance(before, LeanForward) and not anew:
             lean.keep(before)
         if lean is None and self._compile and self.compiled is None:
             self.compiled = CompiledCall(len(self.store.layers))

@@ -119,7 +119,7 @@ class ModelEngine:
         Requests that run compute theirs again.
         """
         with self.lock:
-            self.forward.refresh()
+            self.forward.refresh(anew=True)
             self._mark_graphs()
             self.core.forget(self._identity() if self.core.second is not None else "")
             self.validity.stale = False

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_paged.integrations.modules import buffers_of, configs_of, modules_of, parameters_of
+from hf_paged.kernels.native_sums import Samples
 from hf_paged.store import BITS
 
 # Numbers of a weight that are compared at the beginning of a call, and at every step.
@@ -34,7 +35,8 @@ class Fingerprint:
     Attributes:
         structure: modules, their hooks and settings.
         sampled: bytes of the numbers, weight by weight.
-        views: of those that lie on the CPU, for who looks at them again soon; they keep the weights alive.
+        views: of those that lie on the CPU, as whole numbers, for who looks at them again soon.
+        held: the weights, for the same; both keep them alive.
     """
 
     def __init__(self, model: nn.Module, samples: int = SAMPLES) -> None:
@@ -42,12 +44,13 @@ class Fingerprint:
         self.structure = (_settings(modules), tuple(map(_module_state, modules)))
         tensors = [t for t in (*parameters_of(modules), *buffers_of(modules)) if t.device.type != "meta"]
         self.tensors = [weakref.ref(t) for t in tensors]
+        self.held: list[torch.Tensor] = tensors
         self.places = _places(tensors)
         self._plain = all(type(t) in PLAIN_TENSORS and not t.is_inference() for t in tensors)
         self._versions = [version for version, _ in self.places]
         self._addresses = [address for _, (address, *_) in self.places]
         self.views, copies = _numbers(tensors, samples)
-        self.sampled = _read([*self.views, *copies])
+        self.sampled = _read([*(view.numpy() for view in self.views), *(copy.numpy() for copy in copies)])
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, Fingerprint) and self.places == other.places
@@ -57,7 +60,7 @@ class Fingerprint:
 
     def placed_as_before(self) -> bool:
         """Whether all weights are where they were, and no counted write changed them."""
-        tensors = [ref() for ref in self.tensors]
+        tensors = self.held or [ref() for ref in self.tensors]
         if not all([tensor is not None for tensor in tensors]):
             return False
         if not self._plain:
@@ -95,15 +98,15 @@ class Validity:
 
     def step(self) -> bool:
         """Look at a little of it, between two steps: whether it changed. On CUDA only counted writes are seen."""
-        return self.stale or not self.known.placed_as_before() or _read(self._views) != self._sampled
+        return self.stale or not self.known.placed_as_before() or not self._samples.same()
 
     def rest(self) -> None:
         """Nothing runs: hold on to no weight."""
-        self._views, self._sampled, self.known.views = [], b"", []
+        self.known.views, self.known.held = [], []
+        self._watch()
 
     def _watch(self) -> None:
-        self._views = [view[:: max(len(view) // STEP_SAMPLES, 1)] for view in self.known.views]
-        self._sampled = _read(self._views)
+        self._samples = Samples(self.known.views, STEP_SAMPLES)
 
 
 def identity(model: nn.Module) -> str:
@@ -133,7 +136,7 @@ def _places(tensors: list[torch.Tensor]) -> list[tuple[int, tuple[int, ...]]]:
     return list(zip(versions, addresses, strict=True))
 
 
-def _numbers(tensors: list[torch.Tensor], count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _numbers(tensors: list[torch.Tensor], count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Bits of up to `count` numbers of each, as whole numbers: views on a CPU, and one copy a kind from elsewhere."""
     views = [_evenly(leaf, count) for tensor in tensors for leaf in _leaves(tensor)]
     host = [view for view in views if view.device.type == "cpu"]
@@ -142,7 +145,7 @@ def _numbers(tensors: list[torch.Tensor], count: int) -> tuple[list[np.ndarray],
         if view.device.type != "cpu":
             elsewhere.setdefault((view.device, view.dtype), []).append(view)
     copies = [torch.cat(parts).cpu() for parts in elsewhere.values()]
-    host, copies = ([view.view(BITS[view.element_size()]).numpy() for view in part] for part in (host, copies))
+    host, copies = ([view.view(BITS[view.element_size()]) for view in part] for part in (host, copies))
     return host, copies
 
 

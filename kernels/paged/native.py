@@ -33,11 +33,17 @@ EXACT = {
 }
 SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_Byte = ctypes.c_char
 
 
 def address(array: np.ndarray | None) -> int | None:
     """Where the numbers of an array lie."""
-    return None if array is None else array.__array_interface__["data"][0]  # half the time of `ctypes.data`
+    if array is None:
+        return None
+    try:
+        return ctypes.addressof(_Byte.from_buffer(array))  # a third of the time of the other ways
+    except (TypeError, ValueError):  # it is empty, in pieces, or not to be written
+        return array.__array_interface__["data"][0]
 
 
 class GroupedStep:
@@ -83,10 +89,10 @@ class NativeOps:
             query.stride(0),
             key_pages.data_ptr(),
             value_pages.data_ptr(),
-            table.ctypes.data,
+            address(table),
             table.shape[1],
-            seen.line_of.ctypes.data,
-            seen.context.ctypes.data,
+            address(seen.line_of),
+            address(seen.context),
             rows,
             heads,
             kv_heads,

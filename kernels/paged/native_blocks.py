@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -47,6 +47,16 @@ class FewModel:
     scale: float
     eps: float
 
+    @cached_property
+    def places(self) -> tuple[int, int, int]:
+        """Where `ends` and `blocks` lie, and how many of these there are."""
+        return address(self.ends), address(self.blocks), len(self.blocks)
+
+    @cached_property
+    def kinds(self) -> set[int | None]:
+        """Windows that there are."""
+        return set(self.windows)
+
 
 class ForwardOp:
     """Tokens to logits."""
@@ -76,15 +86,16 @@ class ForwardOp:
             MemoryError: there was none for the lines' numbers on their way.
         """
         heads = model.sizes[2] // model.sizes[3]  # of a query that share keys
-        sights = {window: _sight(rows, window, heads) for window in set(model.windows)}
-        model.blocks[:, -1] = [address(sights[window]) for window in model.windows]
+        sights = {window: _sight(rows, window, heads) for window in model.kinds}
+        at = {window: address(sight) for window, sight in sights.items()}
+        model.blocks[:, -1] = [at[window] for window in model.windows] if len(at) > 1 else at[model.windows[0]]
         table, out = rows.page_table, torch.empty(len(logits_at), model.outputs)
         shape = np.array([len(token_ids), *model.sizes, rows.page_size, table.shape[1]], np.int64)
         tensors = token_ids.data_ptr(), positions.data_ptr(), rows.slots.data_ptr()
         inputs = np.array([*tensors, address(table), logits_at.data_ptr(), len(logits_at)], np.int64)
         cos, sin = (None, None) if rotation is None else (part.data_ptr() for part in rotation)
-        at = address(model.ends), address(model.blocks), len(model.blocks), address(shape), address(inputs)
-        failed = self._run(out.data_ptr(), *at, cos, sin, model.turn, model.scale, model.eps)
+        places = *model.places, address(shape), address(inputs)
+        failed = self._run(out.data_ptr(), *places, cos, sin, model.turn, model.scale, model.eps)
         if failed == 2:
             raise IndexError(f"a token of {token_ids.tolist()} is none of the model's")
         if failed:

@@ -42,8 +42,8 @@ class NativeDrafts:
         self._shape = np.array([0, *model.sizes, page_size, 0], np.int64)
         self._settings = np.zeros(6, np.int64)
         self._run = _few_drafts()
-        arrays = address(model.ends), address(model.blocks), len(model.blocks), address(self._shape)
-        self._at = *arrays, address(self._inputs), None, None, model.turn, model.scale, model.eps
+        arrays = *model.places, address(self._shape), address(self._inputs)
+        self._at = *arrays, None, None, model.turn, model.scale, model.eps
         self._sight_at, self._settings_at = address(self._sight), address(self._settings)
 
     def begin(self, parameters: tuple[np.ndarray, ...]) -> None:
