@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from hf_paged.speculation.proposal import Proposal
 
 LONGEST_MATCH = 32
+FEW_TOKENS = 8  # that are taken in one by one
 
 
 class NgramIndex:
@@ -29,6 +30,12 @@ class NgramIndex:
         if self.read > end:  # the row was shortened
             self._ends, self.read = {}, 0
             ends = self._ends
+        if end - self.read <= FEW_TOKENS:
+            for stop in range(self.read + 1, end + 1):
+                for size in range(1, min(self.size, stop) + 1):
+                    ends[tuple(tokens[stop - size : stop])] = stop
+            self.read = end
+            return
         for size in range(1, self.size + 1):
             start = max(self.read + 1 - size, 0)
             window = [tokens[start + i : end + 1 - size + i] for i in range(size)]

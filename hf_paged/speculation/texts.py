@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
-from hf_paged.speculation.acceptance import Acceptance, RowRecord
+from hf_paged.speculation.acceptance import DEPTHS, Acceptance, RowRecord
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.lookup import PRIOR, NgramIndex, lookup
 from hf_paged.speculation.proposal import Proposal
@@ -106,12 +106,12 @@ class Texts:
 
     def _with_odds(self, state: RowDrafting, proposal: Proposal) -> Proposal:
         """The same with the odds that were seen."""
-        record, depths = state.record(proposal.source), proposal.depths()
-        odds = [
-            self.acceptance.odds(proposal.source, kind, depth, prior, record)
-            for kind, depth, prior in zip(proposal.kinds, depths, proposal.odds, strict=True)
-        ]
-        return Proposal(proposal.tokens, proposal.parents, proposal.kinds, tuple(odds), proposal.source)
+        record, depths = state.record(proposal.source), [min(depth, DEPTHS) for depth in proposal.depths()]
+        places = list(zip(proposal.kinds, depths, proposal.odds, strict=True))
+        # Most drafts of a long chain are alike.
+        seen = {place: self.acceptance.odds(proposal.source, *place, record) for place in set(places)}
+        odds = tuple([seen[place] for place in places])
+        return Proposal(proposal.tokens, proposal.parents, proposal.kinds, odds, proposal.source)
 
 
 def _reader(row: Row) -> Hashable:
