@@ -61,10 +61,14 @@ class GroupedStep:
 
 
 class NativeOps:
-    """The compiled ops; all tensors are float32 and on the CPU, contiguous where nothing else is said."""
+    """The compiled ops; all tensors are float32 and on the CPU, contiguous where nothing else is said.
+
+    Attributes:
+        amx: whether the processor multiplies tiles of bfloat16, and may be used so.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+        self.library, self.amx = library, bool(library.tiles_by_amx(1))
         self._decode, self._norm, self._rotate = library.decode_attention, library.rms_norm, library.rotate_and_store
         self._decode.argtypes = [_P, _P, _I] + [_P] * 3 + [_I, _P, _P] + [_I] * 6 + [_F, _P, _F, _P, _P, _P]
         self._grouped = library.grouped_attention
@@ -188,7 +192,8 @@ def native_status() -> tuple[NativeOps | None, str]:
     try:
         path = _compiled(compiler)
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the symbols that `path` leaves open
-        return NativeOps(ctypes.CDLL(str(path))), f"compiled by {compiler}"
+        ops = NativeOps(ctypes.CDLL(str(path)))
+        return ops, f"compiled by {compiler}" + (", some products by AMX" if ops.amx else "")
     except subprocess.TimeoutExpired:
         return None, f"compiling took more than {SECONDS} seconds"
     except (OSError, subprocess.SubprocessError, AttributeError) as error:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from hf_paged.kernels.native import matrix_lines, native_ops
+from hf_paged.kernels.native import NativeOps, matrix_lines, native_ops
 from hf_paged.kernels.native_products import Layer
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
@@ -40,13 +40,13 @@ class TileOps:
         by_amx: whether the processor multiplies tiles as such.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, ops: NativeOps) -> None:
+        library, self.by_amx = ops.library, ops.amx
         self._tile, self._size, self._linear = library.tile_weights, library.tiled_size, library.tile_linear
         self._tile.argtypes = [_P, _P] + [_I] * 5
         self._size.argtypes, self._size.restype = [_I, _I], _I
         self._linear.argtypes = [_P, _P, _I, _I, _I, _P, _P, _P, _I, _I]
         self._by_amx = library.tiles_by_amx
-        self.by_amx = self.use_amx(True)
 
     def use_amx(self, wanted: bool) -> bool:
         """Multiply tiles as such if that is wanted and can be; returns whether it is done."""
@@ -97,4 +97,4 @@ def _exact(numbers: torch.Tensor) -> bool:
 def tile_ops() -> TileOps | None:
     """The compiled ops, or None where there are none."""
     ops = native_ops()
-    return None if ops is None else TileOps(ops.library)
+    return None if ops is None else TileOps(ops)

@@ -12,29 +12,41 @@ int tiles_by_amx(int wanted) { return amx = wanted && amx_ready(); }
 /* Numbers that `tile_weights` writes for a layer of so many outputs and inputs: outputs are filled up to pairs of tiles. */
 int64_t tiled_size(int64_t rows, int64_t in) { return blocks_of(rows, 2 * SIDE) * blocks_of(in, DEEP) * 2 * TILE; }
 
+/* Two numbers side by side, in bfloat16; `low` gathers the bits that it does not hold. */
+INLINE uint32_t pair_of(const float *weight, int64_t left, uint32_t *low) {
+    uint32_t bits[2] = {0};
+    memcpy(bits, weight, sizeof(float) * (size_t)(left < 2 ? left : 2));
+    *low |= bits[0] | bits[1];
+    return bits[0] >> 16 | (bits[1] & 0xffff0000);
+}
+
+/* Lines [begin, end) of a tile, of inputs [i, i + DEEP); from: its line 0. */
+static void fill_tile(uint16_t *tile, const float *from, int64_t begin, int64_t end, int64_t i, int64_t in, uint32_t *low) {
+    uint32_t pairs[SIDE][DEEP / 2], *to = (uint32_t *)tile;
+    for (int64_t l = begin; l < end; l++)
+        if (i + DEEP <= in)
+            for (int64_t p = 0; p < DEEP / 2; p++) pairs[l][p] = pair_of(from + l * in + i + 2 * p, 2, low);
+        else
+            for (int64_t p = 0; p < DEEP / 2; p++) pairs[l][p] = i + 2 * p < in ? pair_of(from + l * in + i + 2 * p, in - i - 2 * p, low) : 0;
+    for (int64_t p = 0; p < DEEP / 2; p++)
+        for (int64_t l = begin; l < end; l++) to[p * SIDE + l] = pairs[l][p];
+}
+
 /* weight [rows, in], contiguous, becomes lines [offset, offset + rows) of tiles, which were zeros. In a tile, inputs 2i and 2i + 1
  * of all 16 outputs lie side by side. Of layers that take turns, spread is how many, and turn which. Returns 0 where a weight is
  * none of bfloat16, else 1. */
 int tile_weights(uint16_t *out, const float *weight, int64_t rows, int64_t in, int64_t offset, int64_t spread, int64_t turn) {
     const int64_t deep = blocks_of(in, DEEP);
-    int exact = 1;
-#pragma omp parallel for schedule(static) reduction(&& : exact) if (rows * in > 16384)
+    uint32_t low = 0;
+#pragma omp parallel for schedule(static) reduction(| : low) if (rows * in > 16384)
     for (int64_t block = offset / SIDE; block < blocks_of(offset + rows, SIDE); block++) {
-        const int64_t at = block * spread + turn;
-        uint32_t low = 0;
-        for (int64_t l = 0; l < SIDE; l++) {
-            const int64_t r = block * SIDE + l - offset;
-            uint16_t *tile = out + (at / 2 * deep * 2 + at % 2) * TILE + 2 * l;
-            for (int64_t i = 0; i < in && r >= 0 && r < rows; i++) {
-                uint32_t bits;
-                memcpy(&bits, weight + r * in + i, sizeof bits);
-                low |= bits & 0xffff;
-                tile[i / DEEP * 2 * TILE + i % DEEP / 2 * DEEP + i % 2] = (uint16_t)(bits >> 16);
-            }
-        }
-        exact = exact && !low;
+        const int64_t at = block * spread + turn, first = block * SIDE, last = offset + rows - first;
+        uint16_t *tiles = out + (at / 2 * deep * 2 + at % 2) * TILE;
+        for (int64_t j = 0; j < deep; j++)
+            fill_tile(tiles + j * 2 * TILE, weight + (first - offset) * in, first < offset ? offset - first : 0,
+                      last < SIDE ? last : SIDE, j * DEEP, in, &low);
     }
-    return exact;
+    return !(low & 0xffff);
 }
 
 /* Bytes of so many lines as `multiply_tiles` takes them. */
@@ -118,6 +130,7 @@ void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, co
 int tile_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *add, const uint16_t *weight,
                 const float *bias, int64_t rows, int gated) {
     const layer a = {weight, bias, rows};
+    if (!lines) return 0;
     void *parts = whole_lines(size_of_parts(lines, in));
     if (!parts) return 1;
 #pragma omp parallel if (rows * in > 8192)
