@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean import GREEDY, alone, make, tokens
 
-from hf_paged import Engine, SamplingParams
+from hf_paged import Engine, SamplingParams, SpeculationConfig
 from hf_paged.integrations import copies, lean
 from hf_paged.integrations.linear import PackedLinear
 from hf_paged.integrations.tiled import TiledLinear
@@ -40,6 +40,10 @@ def rounded(kind: str) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())
     return model
+
+
+def always(method: str, **more) -> SpeculationConfig:
+    return SpeculationConfig(method=method, adaptive=False, max_draft_tokens=3, **more)
 
 
 @settings(max_examples=80, deadline=None)
@@ -139,17 +143,67 @@ def test_no_stale_copy_in_the_next_call(change):
         assert (engine.forward.run.tiles is None) == (change == "no longer exact")
 
 
-def test_copies_are_dropped_when_a_weight_changes_between_steps():
+@pytest.mark.parametrize("replaced", [False, True])
+def test_copies_are_dropped_when_a_weight_changes_between_steps(replaced):
     model = rounded("llama")
     with Engine(model, num_pages=64, page_size=4) as engine:
         engine.submit([30, 5], GREEDY)
         engine.step()
-        tiles = engine.forward.run.tiles
+        tiles, layer = engine.forward.run.tiles, model.model.layers[1].self_attn.q_proj
         with torch.no_grad():
-            model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+            if replaced:
+                layer.weight = torch.nn.Parameter(layer.weight * 2)
+            else:
+                layer.weight.mul_(2)
         assert tiles is not None and not tiles.current()
         engine.step()
         assert engine.forward.run.tiles is not tiles
+
+
+def test_a_change_that_copies_alone_have_seen_voids_kv_too(monkeypatch):
+    model = rounded("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        monkeypatch.setattr(engine.validity, "begin", lambda: False)  # as if none of its samples had changed
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(-2)
+        assert tokens(engine) == alone(model)
+        assert engine.stats().evictions == 0 and engine.forward.run.tiles.unchanged()
+
+
+def test_what_cannot_be_copied_is_tried_once(monkeypatch):
+    model, tried = rounded("llama"), []
+    built = TiledLinear.build.__func__
+    monkeypatch.setattr(TiledLinear, "build", classmethod(lambda *given: tried.append(1) or built(*given)))
+    with torch.no_grad():
+        model.lm_head.weight[90] *= 1.01
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        assert tokens(engine) == alone(model) == tokens(engine) and len(tried) == 1
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.bfloat16().float())
+        assert tokens(engine) == alone(model) and len(tried) == 2 and engine.forward.run.tiles is not None
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = rounded("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        assert tokens(engine) == alone(model) and engine.forward.run.tiles is not None
+
+
+@pytest.mark.parametrize("name", ["lm_head", "o_proj", "q_proj"])
+def test_a_draft_model_of_which_a_layer_is_replaced(name):
+    model, draft = rounded("llama"), rounded("llama")
+    with Engine(model, draft_model=draft, num_pages=64, page_size=4, speculation=always("draft")) as engine:
+        wanted = tokens(engine)
+        run = next(drafter for _, drafter in engine._drafters.values()).forward
+        before = run.run.tiled()
+        owner = draft if name == "lm_head" else draft.model.layers[0].self_attn
+        layer = getattr(owner, name)
+        setattr(owner, name, torch.nn.Linear(layer.in_features, layer.out_features, bias=False))
+        with torch.no_grad():
+            getattr(owner, name).weight.copy_(layer.weight * 2)
+        assert tokens(engine) == wanted == alone(model)
+        assert before is not None and run.run.tiled() not in (None, before)
 
 
 def test_large_copies_are_looked_at_share_by_share(monkeypatch):
@@ -193,5 +247,7 @@ def test_nothing_is_copied_unless_wanted(monkeypatch):
 
 def test_the_first_layers_alone_share_the_copies():
     model = rounded("llama")
-    with Engine(model, num_pages=64, page_size=4, speculation={"method": "layer_skip", "early_exit": 1}) as engine:
+    with Engine(model, num_pages=64, page_size=4, speculation=always("layer_skip", early_exit=1)) as engine:
         assert tokens(engine) == alone(model)
+        lean_one = next(drafter for _, drafter in engine._drafters.values()).forward.lean
+        assert lean_one.tiled() is engine.forward.run.tiles and lean_one.tiles is None

@@ -17,12 +17,20 @@ class Watched:
 
     `current` sees parameters that were replaced or changed in place, but not through `.data`; these change `unchanged`,
     which reads them: all of 64 MB, of a larger model's another share each time.
+
+    Attributes:
+        layers: that were copied.
     """
+
+    def place(self, layers: Sequence[nn.Linear]) -> None:
+        """Note which weights and biases there are, but not their numbers: only `current` can be asked."""
+        self.layers = list(layers)
+        self._slots = [(layer._parameters, name) for layer in layers for name in ("weight", "bias")]
+        self._made, self._looks = self._state(), 0
 
     def watch(self, layers: Sequence[nn.Linear]) -> None:
         """Take the weights and biases as they are now for what was copied."""
-        self._slots = [(layer._parameters, name) for layer in layers for name in ("weight", "bias")]
-        self._made, self._looks = self._state(), 0
+        self.place(layers)
         parts = self._parts()
         self._every = -(-sum(part.nbytes for part in parts) // LOOK_BYTES)
         self._sums = [sum_of_bits(parts, self._every, turn) for turn in range(self._every)]
@@ -43,4 +51,4 @@ class Watched:
         return [p for slot, name in self._slots if (p := slot[name]) is not None]
 
     def _state(self) -> list[tuple[int, int]]:
-        return [(id(p), p._version) for p in self._parts()]
+        return [(id(p), 0 if p.is_inference() else p._version) for p in self._parts()]

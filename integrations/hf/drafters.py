@@ -146,7 +146,7 @@ class EarlyExit:
     def refresh(self) -> None:
         """Look at the model again."""
         model = self.engine.target()
-        self.lean = LeanForward.build(model, self.engine.store, self.engine.config.backend)
+        self.lean = LeanForward.build(model, self.engine.store, self.engine.config.backend, pack=False)
         if self.lean is not None:
             self.lean.layers = self.lean.layers[: self.layers]
             self.lean.lender = lambda: self.engine.forward.run

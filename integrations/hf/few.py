@@ -13,6 +13,7 @@ from hf_paged.plan import StepPlan
 
 if TYPE_CHECKING:
     from hf_paged.integrations.lean import LeanForward
+    from hf_paged.integrations.tiled import TiledLinear
 
 
 class FewLines:
@@ -28,6 +29,7 @@ class FewLines:
         self._parameters: list[dict[str, nn.Parameter | None]] = []
         self._seen: list[int] = []
         self._model: FewModel | None = None
+        self._tiles: TiledLinear | None = None
         self._vouched: object | None = None  # who vouched for the weights when they were looked at last
 
     def fit(self, lean: LeanForward) -> bool:
@@ -47,9 +49,9 @@ class FewLines:
         parts += _frequencies(lean.rotary), *lean.store.keys, *lean.store.values
         found = [0 if part is None else part.data_ptr() for part in parts]
         tiles = lean.tiled()
-        found.append(0 if tiles is None else tiles.address)
-        if found != self._seen:
-            self._seen, self._model = found, self._made(lean, found)
+        if found != self._seen or tiles is not self._tiles:
+            self._seen, self._tiles = found, tiles
+            self._model = self._made(lean, found)
         self._vouched = vouched
         return self._model is not None
 
@@ -76,13 +78,13 @@ class FewLines:
             return None
         (vocab, width), outputs = lean.embed.weight.shape, len(lean.head.weight)
         blocks = np.zeros((len(layers), FIELDS), np.int64)
-        weights, ends, angles, *pages = found[:count], found[count : count + 6], *found[count + 6 : -1]
+        weights, ends, angles, *pages = found[:count], found[count : count + 6], *found[count + 6 :]
         weights = np.array(weights, np.int64).reshape(len(layers), -1, 2)
         blocks[:, : 2 * len(LINEARS)] = weights[:, : len(LINEARS)].reshape(len(layers), -1)
         blocks[:, 2 * len(LINEARS) : -3] = weights[:, len(LINEARS) :, 0]
         blocks[:, -3:-1] = np.array(pages, np.int64).reshape(2, -1).T[: len(layers)]
         embed, _, norm, _, head, bias = ends
-        if (tiles := lean.tiled()) is not None:
+        if (tiles := self._tiles) is not None:
             head, bias = tiles.addresses(lean.head)
             for block, layer in zip(blocks, layers, strict=True):
                 block[: 2 * len(LINEARS)] = tiles.fields(layer.attention, layer.mlp)
@@ -92,10 +94,11 @@ class FewLines:
             windows=[layer.window for layer in layers],
             sizes=(width, widths.pop(), heads.pop(), key.shape[1], dim, int(tiles is not None)),
             outputs=outputs,
-            most=lean.most_lines(),
+            most=lean.most_lines(tiles),
             turn=float(getattr(lean.rotary, "attention_scaling", 1.0)),
             scale=lean.scale,
             eps=eps.pop(),
+            kept=tiles,
         )
 
     def model(self, lean: LeanForward) -> FewModel | None:

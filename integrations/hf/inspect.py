@@ -121,14 +121,18 @@ class PagedForward:
         self._compile, self.compiled = compiled, None
         self.refresh()
 
-    def refresh(self, anew: bool = False) -> None:
-        """Look at the model; `anew`: keep no copies of its weights, whatever they look like."""
+    def refresh(self, anew: bool = False) -> bool:
+        """Look at the model; `anew`: keep no copies of its weights, whatever they look like.
+
+        Returns:
+            whether copies of weights tell of a change that nobody else may have seen.
+        """
         lean, before = LeanForward.build(self.model(), self.store, self.backend, self.pack), getattr(self, "run", None)
-        if lean is not None and isinstance(before, LeanForward) and not anew:
-            lean.keep(before)
+        kept = lean.keep(before) if lean is not None and isinstance(before, LeanForward) and not anew else True
         if lean is None and self._compile and self.compiled is None:
             self.compiled = CompiledCall(len(self.store.layers))
         self.run = lean if lean is not None else ModuleForward(self.model, self.store, self.compiled)
+        return not kept
 
     def __call__(self, plan) -> torch.Tensor:
         return self.run(plan)

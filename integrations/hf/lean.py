@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_paged.config import allowed_memory
+from hf_paged.config import allowed_memory, available_memory
+from hf_paged.integrations.copies import Watched
 from hf_paged.integrations.elementwise import elementwise_backend
 from hf_paged.integrations.few import FewLines
 from hf_paged.integrations.linear import OneDnnLinear, PackedLinear, TorchLinear, few_backend, linear_backend
@@ -120,6 +121,7 @@ class LeanForward:
         # Weights are in place as long as this is the same, says an owner who looks at them before each step.
         self.vouched: object | None = None
         self._tiled_for: object | None = None  # as `vouched`, when tiles were looked at last
+        self._refused: Watched | None = None  # weights that are not exact in bfloat16
         self.computed = 0  # tokens, since the weights were looked at last
 
     @classmethod
@@ -154,11 +156,11 @@ class LeanForward:
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The same in the model's dtype."""
         tiles = self.tiled()
-        if self.blocks is not None and plan.tokens <= self.most_lines() and self.blocks.fit(self):
+        if self.blocks is not None and plan.tokens <= self.most_lines(tiles) and self.blocks.fit(self):
             return self.blocks(self, plan)
-        if tiles is None:
+        if tiles is None or plan.tokens > tiles.most:
             self._choose_weights(plan.tokens)
-        ops, spare = self._products(plan.tokens)
+        ops, spare = self._products(plan.tokens, tiles)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
         slots = F.pad(plan.rows.slots, (0, spare))  # slot 0 lies on the page that takes what goes nowhere
         hidden = F.embedding(token_ids, self.embed.weight)
@@ -169,7 +171,7 @@ class LeanForward:
             few = index == last and wanted < plan.tokens
             mixed = self._attention(index, layer, ops, hidden, rotation, slots, plan, few)
             if few:  # nothing reads the other tokens any more: their KV is stored
-                ops, spare = self._products(wanted)
+                ops, spare = self._products(wanted, tiles)
                 hidden = hidden[F.pad(plan.logits_at, (0, spare))]
             mixed = F.pad(mixed, (0, 0, 0, spare)) if spare else mixed
             hidden = ops.add(mixed, layer.attention.o_proj, hidden)
@@ -181,27 +183,36 @@ class LeanForward:
         """What compiled ops over a few lines take, as long as no weight changes; None where they do not serve."""
         return self.blocks.model(self) if self.blocks is not None else None
 
-    def _products(self, lines: int) -> tuple[TorchLinear, int]:
+    def _products(self, lines: int, tiles: TiledLinear | None) -> tuple[TorchLinear, int]:
         """Products for so many lines, and how many to add: oneDNN keeps code for every number of lines, so they are
         rounded up to few numbers."""
-        if (tiles := self.tiled()) is not None:
+        if tiles is not None and lines <= tiles.most:
             return tiles, 0
         if self.few is not None and lines <= self.most:
             return self.few, 0
         return self.ops, _spare(lines) if self.rounds else 0
 
-    def keep(self, other: LeanForward) -> None:
-        """Take over the copies of weights that `other` made, if they are still good."""
-        same = all(
-            a.attention is b.attention and a.mlp is b.mlp for a, b in zip(self.layers, other.layers, strict=False)
-        )
-        if same and len(self.layers) == len(other.layers):
-            if other.tiles is not None and other.tiles.unchanged():
-                self.tiles = other.tiles
-            if not isinstance(other.ops, PackedLinear):
-                self.computed = other.computed
-            elif other.ops.unchanged():
-                self.ops, self.computed = other.ops, other.computed
+    def keep(self, other: LeanForward) -> bool:
+        """Take over the copies of weights that `other` made, if they are still good.
+
+        Returns:
+            False if numbers were changed that nobody else may have seen change.
+        """
+        here = {self.head, *(part for layer in self.layers for part in layer.parts())}
+
+        def still(copy: Watched | None) -> Watched | None:
+            return copy if copy is not None and here.issuperset(copy.layers) else None
+
+        self._refused, tiles = still(other._refused), still(other.tiles)
+        packed = still(other.ops) if isinstance(other.ops, PackedLinear) else None
+        known = [copy for copy in (tiles, packed) if copy is not None]
+        good = [copy for copy in known if copy.unchanged()]
+        self.tiles = tiles if tiles in good else None
+        if packed in good:
+            self.ops = packed
+        if packed in good or not isinstance(other.ops, PackedLinear):
+            self.computed = other.computed
+        return all(copy in good or not copy.current() for copy in known)
 
     def tiled(self) -> TiledLinear | None:
         """Products over tiles of the weights as they are now; None where tiles do not serve."""
@@ -212,9 +223,13 @@ class LeanForward:
             return self.tiles
         if self.tiles is not None and not self.tiles.current():
             self.tiles = None
-        if self.tiles is None and self._tiles_fit():
+        refused = self._refused is not None and self._refused.current()
+        if self.tiles is None and not refused and self._tiles_fit():
             attentions, mlps = [layer.attention for layer in self.layers], [layer.mlp for layer in self.layers]
             self.tiles = TiledLinear.build(self._tile_ops, attentions, mlps, self.head)
+            if self.tiles is None:
+                self._refused = Watched()
+                self._refused.place([*(part for layer in self.layers for part in layer.parts()), self.head])
         self._tiled_for = self.vouched
         return self.tiles
 
@@ -222,11 +237,16 @@ class LeanForward:
         """Whether there is to be memory for tiles."""
         if self.pack != "auto":
             return bool(self.pack)
-        return (self._weight_bytes() + self.head.weight.nbytes) // 2 <= allowed_memory() // TILED_SHARE
+        size = (self._weight_bytes() + self.head.weight.nbytes) // 2
+        return size <= min(allowed_memory() // TILED_SHARE, available_memory() // 2)
 
-    def most_lines(self) -> int:
+    def most_lines(self, tiles: TiledLinear | None) -> int:
         """Lines up to which a forward is one call."""
-        return self.most if self.tiled() is None else MOST_TILED
+        if tiles is None:
+            return self.most
+        # Behind a window each query is computed by itself, which does not pay for a long chunk.
+        most = MOST_TILED if all(layer.window is None for layer in self.layers) else MOST_TILED // 8
+        return min(most, tiles.most)
 
     def _choose_weights(self, tokens: int) -> None:
         """Copy small models' weights into oneDNN's order once they were used enough to pay for it."""

@@ -122,6 +122,8 @@ class ModelEngine:
             self.forward.refresh(anew=True)
             self._mark_graphs()
             self.core.forget(self._identity() if self.core.second is not None else "")
+            for _, drafter in self._drafters.values():
+                drafter.forward.refresh()
             self.validity.stale = False
 
     def stats(self) -> EngineStats:
@@ -171,10 +173,8 @@ class ModelEngine:
         weight = self._model().get_input_embeddings().weight
         if not self._ready or (weight.device, weight.dtype) != (self.facts.device, self.facts.dtype):
             self._set_up()
-        elif self._anywhere(self.validity.begin()):
+        elif self._anywhere(self.validity.begin()) or self._anywhere(self.forward.refresh()):
             self.forget()
-        else:
-            self.forward.refresh()
         for key, (_, drafter) in list(self._drafters.items()):
             if isinstance(key, weakref.ref) and key() is None:  # the draft model is gone
                 del self._drafters[key]

@@ -30,17 +30,27 @@ class TiledLinear(TorchLinear, Watched):
         cls, ops: TileOps, attentions: Sequence[nn.Module], mlps: Sequence[nn.Module], head: nn.Linear
     ) -> TiledLinear | None:
         """None where a weight is not exact in bfloat16."""
-        of: dict[nn.Module, Tiles] = {}
-        seen: list[nn.Linear] = []
+        groups: dict[nn.Module, list[nn.Linear]] = {}
         for attention, mlp in zip(attentions, mlps, strict=True):
-            for key, names in ((attention, HEADS), (attention.o_proj, ()), (mlp, MLP), (mlp.down_proj, ())):
-                layers = [getattr(key, name) for name in names] or [key]
-                seen += layers
-                of[key] = ops.tiles([parameters(layer) for layer in layers], gated=names == MLP)
-                if of[key] is None:
-                    return None
-        of[head] = ops.tiles([parameters(head)])
-        return None if of[head] is None else cls(ops, of, [*seen, head])
+            groups[attention] = [getattr(attention, name) for name in HEADS]
+            groups[mlp] = [getattr(mlp, name) for name in MLP]
+            groups |= {layer: [layer] for layer in (attention.o_proj, mlp.down_proj)}
+        groups[head] = [head]
+        given = {key: [parameters(layer) for layer in layers] for key, layers in groups.items()}
+        if not all(map(ops.likely, given.values())):  # soon seen, before anything is copied
+            return None
+        of: dict[nn.Module, Tiles] = {}
+        for key, layers in given.items():
+            tiles = ops.tiles(layers, gated=key in mlps)
+            if tiles is None:
+                return None
+            of[key] = tiles
+        return cls(ops, of, [layer for layers in groups.values() for layer in layers])
+
+    @property
+    def most(self) -> int:
+        """Lines up to which these are faster than a matrix library's."""
+        return self.ops.most
 
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return self.ops.linear(x, self.of[layer])
@@ -54,11 +64,6 @@ class TiledLinear(TorchLinear, Watched):
 
     def add(self, x: torch.Tensor, layer: nn.Linear, other: torch.Tensor) -> torch.Tensor:
         return self.ops.linear(x, self.of[layer], add=other)
-
-    @property
-    def address(self) -> int:
-        """Where the first of the copies lies."""
-        return next(iter(self.of.values())).weight.data_ptr()
 
     def addresses(self, key: nn.Module) -> tuple[int, int]:
         """Of the tiles of one of `of`, and of their bias or 0."""

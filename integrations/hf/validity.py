@@ -35,8 +35,8 @@ class Fingerprint:
     Attributes:
         structure: modules, their hooks and settings.
         sampled: bytes of the numbers, weight by weight.
-        views: of those that lie on the CPU, as whole numbers, for who looks at them again soon.
-        held: the weights, for the same; both keep them alive.
+        views: of those that lie on the CPU, as whole numbers, for who looks at them again soon; they keep the numbers
+            alive.
     """
 
     def __init__(self, model: nn.Module, samples: int = SAMPLES) -> None:
@@ -44,7 +44,6 @@ class Fingerprint:
         self.structure = (_settings(modules), tuple(map(_module_state, modules)))
         tensors = [t for t in (*parameters_of(modules), *buffers_of(modules)) if t.device.type != "meta"]
         self.tensors = [weakref.ref(t) for t in tensors]
-        self.held: list[torch.Tensor] = tensors
         self.places = _places(tensors)
         self._plain = all(type(t) in PLAIN_TENSORS and not t.is_inference() for t in tensors)
         self._versions = [version for version, _ in self.places]
@@ -60,7 +59,7 @@ class Fingerprint:
 
     def placed_as_before(self) -> bool:
         """Whether all weights are where they were, and no counted write changed them."""
-        tensors = self.held or [ref() for ref in self.tensors]
+        tensors = [ref() for ref in self.tensors]
         if not all([tensor is not None for tensor in tensors]):
             return False
         if not self._plain:
@@ -102,7 +101,7 @@ class Validity:
 
     def rest(self) -> None:
         """Nothing runs: hold on to no weight."""
-        self.known.views, self.known.held = [], []
+        self.known.views = []
         self._watch()
 
     def _watch(self) -> None:

@@ -29,7 +29,9 @@ SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11", "-w")
 EXACT = {
     "sampling": ("-fno-fast-math", "-ffp-contract=off"),  # here what is compared is rounded as torch rounds it
-    "tiles": ("-fno-associative-math",),  # here a line's sums are the same whatever stands beside it
+    # Here a line's sums are the same whatever stands beside it.
+    "tiles": ("-fno-associative-math",),
+    "amx": ("-fno-associative-math",),
 }
 SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -35,6 +35,7 @@ class FewModel:
         outputs: logits a line. most: lines that pay.
         turn: factor of cosines and sines, where `ends` names frequencies.
         scale: of products of queries and keys. eps: of all norms.
+        kept: what holds weights that are nobody else's.
     """
 
     ends: np.ndarray
@@ -46,6 +47,7 @@ class FewModel:
     turn: float
     scale: float
     eps: float
+    kept: object = None
 
     @cached_property
     def places(self) -> tuple[int, int, int]:
@@ -114,7 +116,7 @@ def _sight(rows: PagedRows, window: int | None, heads: int) -> np.ndarray:
         arrays = seen.line_of, seen.context, seen.begin, seen.visible, seen.base
         return np.array([0, *(address(array) or 0 for array in arrays)], np.int64)
 
-    return rows.derived(("sight", window), make)
+    return rows.derived(("sight", window, heads), make)
 
 
 @lru_cache(maxsize=1)

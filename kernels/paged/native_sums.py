@@ -27,7 +27,7 @@ def sum_of_bits(tensors: Sequence[torch.Tensor], every: int = 1, turn: int = 0) 
 
 def _sum(numbers: torch.Tensor, every: int, turn: int) -> int:
     whole = len(numbers) // LINE * LINE
-    lines = numbers[:whole].view(torch.int64).view(-1, LINE // 2)[turn::every]
+    lines = numbers[:whole].clone().view(torch.int64).view(-1, LINE // 2)[turn::every]
     rest = 0 if turn else sum(int(bits) & 0xFFFFFFFF for bits in numbers[whole:].view(torch.int32).tolist())
     return int(lines.sum()) + rest
 

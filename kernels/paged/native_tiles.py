@@ -46,30 +46,40 @@ class TileOps:
         self._tile.argtypes = [_P, _P] + [_I] * 5
         self._size.argtypes, self._size.restype = [_I, _I], _I
         self._linear.argtypes = [_P, _P, _I, _I, _I, _P, _P, _P, _I, _I]
-        self._by_amx = library.tiles_by_amx
+        self._by_amx, self._lanes = library.tiles_by_amx, library.vector_lanes()
+
+    @property
+    def most(self) -> int:
+        """Lines up to which these are faster than a matrix library's."""
+        return 1 << 60 if self.by_amx else 8 * self._lanes
 
     def use_amx(self, wanted: bool) -> bool:
         """Multiply tiles as such if that is wanted and can be; returns whether it is done."""
         self.by_amx = bool(self._by_amx(wanted))
         return self.by_amx
 
+    @staticmethod
+    def likely(layers: Sequence[Layer]) -> bool:
+        """Whether layers may be copied side by side, by a look at the first numbers of each."""
+        alike = len({bias is None for _, bias in layers}) == 1
+        return alike and all(torch.equal(w[0], w[0].bfloat16().float()) for w, _ in layers)
+
     def tiles(self, layers: Sequence[Layer], gated: bool = False) -> Tiles | None:
-        """Copies of layers side by side, or of a gate and an up; None where a weight is not exact in bfloat16."""
+        """Copies of layers side by side, or of a gate and an up; None where a weight is not exact in bfloat16, or some
+        have a bias and others have none."""
+        if not self.likely(layers):
+            return None
         inputs, widths = layers[0][0].shape[1], [weight.shape[0] for weight, _ in layers]
         outputs = widths[0] if gated else sum(widths)
         # Gates and ups take turns: each fills the tiles up by itself.
         rows = 2 * -(-outputs // SIDE) * SIDE if gated else outputs
         out = torch.zeros(self._size(rows, inputs), dtype=torch.uint16)
         for index, (weight, _) in enumerate(layers):
-            if not _exact(weight[0]):  # soon seen
-                return None
             kept = weight.detach().contiguous()
             places = (0, 2, index) if gated else (sum(widths[:index]), 1, 0)
             if not self._tile(out.data_ptr(), kept.data_ptr(), *kept.shape, *places):
                 return None
         biases = [bias for _, bias in layers if bias is not None]
-        if biases and len(biases) < len(layers):
-            return None
         return Tiles(out, torch.cat([bias.detach() for bias in biases]) if biases else None, inputs, outputs)
 
     def linear(
@@ -87,10 +97,6 @@ class TileOps:
         if self._linear(out.data_ptr(), x.data_ptr(), x.stride(0), *x.shape, *places):
             raise MemoryError(f"no memory for the parts of {x.shape[0]} lines of {x.shape[1]} numbers")
         return out
-
-
-def _exact(numbers: torch.Tensor) -> bool:
-    return torch.equal(numbers, numbers.bfloat16().float())
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,8 @@ typedef struct {
     int64_t vocab, outputs;
 } ends;
 
-/* The packed tokens: ids, places in their texts, slots of their KV, pages of their rows, and the lines whose logits are wanted. */
+/* The packed tokens: ids, places in their texts, slots of their KV, pages of their rows, and the lines whose logits are wanted, each
+ * at most once. */
 typedef struct {
     const int64_t *ids, *positions, *slots, *table, *wanted;
     int64_t wanted_lines;

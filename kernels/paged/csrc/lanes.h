@@ -32,6 +32,7 @@ enum { REGISTERS = 16 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4))); /* anywhere in memory */
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* numbers of any kind, anywhere */
 
 /* Keeps a vector in a register: compilers would read it from memory for every product that it takes part in. */
 #if defined __AVX512F__

@@ -20,16 +20,17 @@ INLINE uint32_t pair_of(const float *weight, int64_t left, uint32_t *low) {
     return bits[0] >> 16 | (bits[1] & 0xffff0000);
 }
 
-/* Lines [begin, end) of a tile, of inputs [i, i + DEEP); from: its line 0. */
-static void fill_tile(uint16_t *tile, const float *from, int64_t begin, int64_t end, int64_t i, int64_t in, uint32_t *low) {
-    uint32_t pairs[SIDE][DEEP / 2], *to = (uint32_t *)tile;
-    for (int64_t l = begin; l < end; l++)
+/* `count` lines of a tile, which it begins with, of inputs [i, i + DEEP); from: the first of them. */
+static void fill_tile(uint16_t *tile, const float *from, int64_t count, int64_t i, int64_t in, uint32_t *low) {
+    typedef uint32_t __attribute__((may_alias)) two;
+    uint32_t pairs[SIDE][DEEP / 2];
+    for (int64_t l = 0; l < count; l++)
         if (i + DEEP <= in)
             for (int64_t p = 0; p < DEEP / 2; p++) pairs[l][p] = pair_of(from + l * in + i + 2 * p, 2, low);
         else
             for (int64_t p = 0; p < DEEP / 2; p++) pairs[l][p] = i + 2 * p < in ? pair_of(from + l * in + i + 2 * p, in - i - 2 * p, low) : 0;
     for (int64_t p = 0; p < DEEP / 2; p++)
-        for (int64_t l = begin; l < end; l++) to[p * SIDE + l] = pairs[l][p];
+        for (int64_t l = 0; l < count; l++) ((two *)tile)[p * SIDE + l] = pairs[l][p];
 }
 
 /* weight [rows, in], contiguous, becomes lines [offset, offset + rows) of tiles, which were zeros. In a tile, inputs 2i and 2i + 1
@@ -40,11 +41,11 @@ int tile_weights(uint16_t *out, const float *weight, int64_t rows, int64_t in, i
     uint32_t low = 0;
 #pragma omp parallel for schedule(static) reduction(| : low) if (rows * in > 16384)
     for (int64_t block = offset / SIDE; block < blocks_of(offset + rows, SIDE); block++) {
-        const int64_t at = block * spread + turn, first = block * SIDE, last = offset + rows - first;
-        uint16_t *tiles = out + (at / 2 * deep * 2 + at % 2) * TILE;
+        const int64_t at = block * spread + turn, first = block * SIDE > offset ? block * SIDE : offset;
+        const int64_t end = block * SIDE + SIDE, last = end < offset + rows ? end : offset + rows;
+        uint16_t *tiles = out + (at / 2 * deep * 2 + at % 2) * TILE + first % SIDE * 2;
         for (int64_t j = 0; j < deep; j++)
-            fill_tile(tiles + j * 2 * TILE, weight + (first - offset) * in, first < offset ? offset - first : 0,
-                      last < SIDE ? last : SIDE, j * DEEP, in, &low);
+            fill_tile(tiles + j * 2 * TILE, weight + (first - offset) * in, last - first, j * DEEP, in, &low);
     }
     return !(low & 0xffff);
 }
@@ -85,7 +86,7 @@ INLINE void multiply_floats(lanes *sums, const float *x, const uint16_t *weight,
             if (!turn) __builtin_prefetch(w + deep * 2 * TILE, 0, 2), __builtin_prefetch(w + deep * 2 * TILE + TILE, 0, 2);
 #pragma GCC unroll 8
             for (int v = 0; v < PAIR; v++) {
-                const ints both = *(const ints *)(w + v / WIDE * TILE + v % WIDE * LANES * 2);
+                const ints both = (ints) * (const bits *)(w + v / WIDE * TILE + v % WIDE * LANES * 2);
                 lanes even = (lanes)(both << 16), odd = (lanes)(both & (int32_t)0xffff0000);
                 HELD(even);
                 HELD(odd);

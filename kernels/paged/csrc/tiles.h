@@ -24,37 +24,35 @@ typedef struct {
 /* Vectors of a tile's outputs, and of a pair's. */
 enum { WIDE = SIDE / LANES, PAIR = 2 * WIDE };
 
-/* One output of each lane from `row` on, of which so many are left. */
-INLINE void put(const target *t, lanes sum, int64_t at, int64_t row, int64_t left) {
-    for (int i = 0; i < LANES && i < left; i++) t->out[at + i] = sum[i] + (t->bias ? t->bias[row + i] : 0) + (t->add ? t->add[at + i] : 0);
+/* Up to `left` numbers; zeros behind them. */
+INLINE lanes taken(const float *from, int64_t left) {
+    if (left >= LANES) return *(const lanes *)from;
+    lanes x = {0};
+    for (int i = 0; i < left; i++) x[i] = from[i];
+    return x;
+}
+
+INLINE void put(float *to, lanes x, int64_t left) {
+    if (left >= LANES) *(lanes *)to = x;
+    else
+        for (int i = 0; i < left; i++) to[i] = x[i];
 }
 
 /* Writes the outputs of one line for one pair of tiles, sums [PAIR]. */
 INLINE void write_line(const target *t, const lanes *sums, int64_t line, int64_t pair) {
-    if (t->gated)
-        for (int64_t v = 0, row = pair * SIDE; v < WIDE && row < t->rows; v++, row += LANES) {
-            const float *bias = t->bias;
-            lanes gate = sums[v], up = sums[WIDE + v], out;
-            if (bias && t->rows - row >= LANES) gate += *(const lanes *)(bias + row), up += *(const lanes *)(bias + t->rows + row);
-            else if (bias)
-                for (int i = 0; i < LANES && row + i < t->rows; i++) gate[i] += bias[row + i], up[i] += bias[t->rows + row + i];
-            out = silu(gate) * up;
-            if (t->rows - row >= LANES) *(lanes *)(t->out + line * t->rows + row) = out;
-            else
-                for (int i = 0; row + i < t->rows; i++) t->out[line * t->rows + row + i] = out[i];
+    const int64_t count = t->gated ? WIDE : PAIR;
+    for (int64_t v = 0, row = pair * count * LANES; v < count && row < t->rows; v++, row += LANES) {
+        const int64_t at = line * t->rows + row, left = t->rows - row;
+        lanes sum = sums[v];
+        if (t->bias) sum += taken(t->bias + row, left);
+        if (t->gated) {
+            lanes up = sums[WIDE + v];
+            if (t->bias) up += taken(t->bias + t->rows + row, left);
+            sum = silu(sum) * up;
         }
-    else
-        for (int64_t v = 0, row = pair * 2 * SIDE; v < PAIR && row < t->rows; v++, row += LANES) {
-            const int64_t at = line * t->rows + row;
-            if (t->rows - row < LANES) {
-                put(t, sums[v], at, row, t->rows - row);
-                continue;
-            }
-            lanes sum = sums[v];
-            if (t->bias) sum += *(const lanes *)(t->bias + row);
-            if (t->add) sum += *(const lanes *)(t->add + at);
-            *(lanes *)(t->out + at) = sum;
-        }
+        if (t->add) sum += taken(t->add + at, left);
+        put(t->out + at, sum, left);
+    }
 }
 
 int amx_ready(void);
