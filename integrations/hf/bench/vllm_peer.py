@@ -66,7 +66,7 @@ class Vllm:
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close()
         try:
             self._process = subprocess.Popen(
-                [python, str(WORKER), json.dumps(settings)],
+                [python, "-P", str(WORKER), json.dumps(settings)],  # else modules beside it shadow packages
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
