@@ -147,16 +147,12 @@ def available_memory() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30
+    return _physical_memory() // 2
 
 
 def allowed_memory() -> int:
     """Bytes of memory that this process may have: all of the machine's, or its control group's limit."""
-    total = 8 << 30
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = _physical_memory()
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             with open(path) as limit:
@@ -164,3 +160,10 @@ def allowed_memory() -> int:
         except (OSError, ValueError):  # there is none, or it says "max"
             continue
     return total
+
+
+def _physical_memory() -> int:
+    """Bytes of the machine's memory; 8 GiB where that is unknown."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 << 30

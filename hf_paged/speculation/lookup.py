@@ -34,12 +34,11 @@ class NgramIndex:
             for stop in range(self.read + 1, end + 1):
                 for size in range(1, min(self.size, stop) + 1):
                     ends[tuple(tokens[stop - size : stop])] = stop
-            self.read = end
-            return
-        for size in range(1, self.size + 1):
-            start = max(self.read + 1 - size, 0)
-            window = [tokens[start + i : end + 1 - size + i] for i in range(size)]
-            ends.update(zip(zip(*window, strict=False), range(start + size, end + 1), strict=False))
+        else:
+            for size in range(1, self.size + 1):
+                start = max(self.read + 1 - size, 0)
+                window = [tokens[start + i : end + 1 - size + i] for i in range(size)]
+                ends.update(zip(zip(*window, strict=False), range(start + size, end + 1), strict=False))
         self.read = end
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int] | None:

@@ -109,8 +109,10 @@ class LeanForward:
         self.plain = self.ops = linear_backend(self.embed.weight, backend)
         self.few = few_backend(self.embed.weight, backend)
         self.most = 0  # lines of its
-        fits = self.few is not None and self.embed.weight.dtype == torch.float32
-        self._tile_ops = tile_ops() if fits else None
+        self._tile_ops = tile_ops() if self.few is not None else None
+        # Behind a window each query is computed by itself, which does not pay for a long chunk.
+        windowed = any(layer.window is not None for layer in self.layers)
+        self._most_tiled = MOST_TILED // 8 if windowed else MOST_TILED
         self.tiles: TiledLinear | None = None
         self.lender: Callable[[], object] | None = None  # whose copies of weights serve here too
         self.between = elementwise_backend(self.embed.weight, backend)
@@ -198,7 +200,7 @@ class LeanForward:
         Returns:
             False if numbers were changed that nobody else may have seen change.
         """
-        here = {self.head, *(part for layer in self.layers for part in layer.parts())}
+        here = {self.head, *self._parts()}
 
         def still(copy: Watched | None) -> Watched | None:
             return copy if copy is not None and here.issuperset(copy.layers) else None
@@ -229,7 +231,7 @@ class LeanForward:
             self.tiles = TiledLinear.build(self._tile_ops, attentions, mlps, self.head)
             if self.tiles is None:
                 self._refused = Watched()
-                self._refused.place([*(part for layer in self.layers for part in layer.parts()), self.head])
+                self._refused.place([*self._parts(), self.head])
         self._tiled_for = self.vouched
         return self.tiles
 
@@ -242,11 +244,7 @@ class LeanForward:
 
     def most_lines(self, tiles: TiledLinear | None) -> int:
         """Lines up to which a forward is one call."""
-        if tiles is None:
-            return self.most
-        # Behind a window each query is computed by itself, which does not pay for a long chunk.
-        most = MOST_TILED if all(layer.window is None for layer in self.layers) else MOST_TILED // 8
-        return min(most, tiles.most)
+        return self.most if tiles is None else min(self._most_tiled, tiles.most)
 
     def _choose_weights(self, tokens: int) -> None:
         """Copy small models' weights into oneDNN's order once they were used enough to pay for it."""
@@ -254,12 +252,18 @@ class LeanForward:
         if isinstance(self.ops, PackedLinear):
             if not self.ops.current():
                 self.ops, self.computed = self.plain, 0
-        elif self.pack and isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER:
-            self.ops = self._packed() if self._weight_bytes() <= PACK_BYTES else self.ops
+        elif self.pack and isinstance(self.ops, OneDnnLinear) and self.computed > PACK_AFTER and self._is_small():
+            self.ops = self._packed()
+
+    def _is_small(self) -> bool:
+        return self._weight_bytes() <= PACK_BYTES
 
     def _weight_bytes(self) -> int:
         """Of all blocks' products."""
-        return sum(part.weight.nbytes for layer in self.layers for part in layer.parts())
+        return sum(part.weight.nbytes for part in self._parts())
+
+    def _parts(self) -> list[nn.Module]:
+        return [part for layer in self.layers for part in layer.parts()]
 
     def _packed(self) -> PackedLinear:
         """The products over packed weights, with those of one input joined where what follows is compiled."""

@@ -13,7 +13,6 @@ from hf_paged.kernels.native import NativeOps, matrix_lines, native_ops
 from hf_paged.kernels.native_products import Layer
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
-SIDE = 16  # outputs of a tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,7 @@ class TileOps:
         library, self.by_amx = ops.library, ops.amx
         self._tile, self._size, self._linear = library.tile_weights, library.tiled_size, library.tile_linear
         self._tile.argtypes = [_P, _P] + [_I] * 5
-        self._size.argtypes, self._size.restype = [_I, _I], _I
+        self._size.argtypes, self._size.restype = [_I] * 3, _I
         self._linear.argtypes = [_P, _P, _I, _I, _I, _P, _P, _P, _I, _I]
         self._by_amx, self._lanes = library.tiles_by_amx, library.vector_lanes()
 
@@ -71,9 +70,7 @@ class TileOps:
             return None
         inputs, widths = layers[0][0].shape[1], [weight.shape[0] for weight, _ in layers]
         outputs = widths[0] if gated else sum(widths)
-        # Gates and ups take turns: each fills the tiles up by itself.
-        rows = 2 * -(-outputs // SIDE) * SIDE if gated else outputs
-        out = torch.zeros(self._size(rows, inputs), dtype=torch.uint16)
+        out = torch.zeros(self._size(outputs, inputs, gated), dtype=torch.uint16)
         for index, (weight, _) in enumerate(layers):
             kept = weight.detach().contiguous()
             places = (0, 2, index) if gated else (sum(widths[:index]), 1, 0)

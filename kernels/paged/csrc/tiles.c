@@ -9,8 +9,11 @@ static int amx; /* whether tiles are multiplied as such */
 /* As such if that is wanted and can be. */
 int tiles_by_amx(int wanted) { return amx = wanted && amx_ready(); }
 
-/* Numbers that `tile_weights` writes for a layer of so many outputs and inputs: outputs are filled up to pairs of tiles. */
-int64_t tiled_size(int64_t rows, int64_t in) { return blocks_of(rows, 2 * SIDE) * blocks_of(in, DEEP) * 2 * TILE; }
+/* Pairs of tiles that outputs are filled up to: of gates and ups, that many outputs each, a pair has one of each. */
+static int64_t pairs_of(int64_t rows, int64_t gated) { return blocks_of(rows, gated ? SIDE : 2 * SIDE); }
+
+/* Numbers of the tiles of a layer of so many outputs and inputs. */
+int64_t tiled_size(int64_t rows, int64_t in, int64_t gated) { return pairs_of(rows, gated) * blocks_of(in, DEEP) * 2 * TILE; }
 
 /* Two numbers side by side, in bfloat16; `low` gathers the bits that it does not hold. */
 INLINE uint32_t pair_of(const float *weight, int64_t left, uint32_t *low) {
@@ -122,7 +125,7 @@ static void multiply_all(const target *t, const float *x, int64_t lines, int64_t
  * is silu(gate) * up; the bias is that of all gates, then of all ups. */
 void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated) {
     const target t = {out, a.bias, add, a.rows, gated};
-    const int64_t pairs = blocks_of(a.rows, gated ? SIDE : 2 * SIDE);
+    const int64_t pairs = pairs_of(a.rows, gated);
     if (amx) amx_multiply(&t, parts, lines, in, a.weight, pairs);
     else multiply_all(&t, parts, lines, in, a.weight, pairs);
 }
