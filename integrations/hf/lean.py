@@ -216,6 +216,11 @@ class LeanForward:
             self.computed = other.computed
         return all(copy in good or not copy.current() for copy in known)
 
+    def good(self) -> bool:
+        """Whether all copies of weights are still good."""
+        copies = [copy for copy in (self.tiles, self.ops) if isinstance(copy, Watched)]
+        return all([copy.unchanged() for copy in copies])
+
     def tiled(self) -> TiledLinear | None:
         """Products over tiles of the weights as they are now; None where tiles do not serve."""
         if self.lender is not None:

@@ -173,7 +173,7 @@ class ModelEngine:
         weight = self._model().get_input_embeddings().weight
         if not self._ready or (weight.device, weight.dtype) != (self.facts.device, self.facts.dtype):
             self._set_up()
-        elif self._anywhere(self.validity.begin()) or self._anywhere(self.forward.refresh()):
+        elif self._anywhere(self.validity.begin()) or self._anywhere(self.forward.refresh(known=self.validity.known)):
             self.forget()
         for key, (_, drafter) in list(self._drafters.items()):
             if isinstance(key, weakref.ref) and key() is None:  # the draft model is gone

@@ -39,9 +39,11 @@ class TiledLinear(TorchLinear, Watched):
         given = {key: [parameters(layer) for layer in layers] for key, layers in groups.items()}
         if not all(map(ops.likely, given.values())):  # soon seen, before anything is copied
             return None
+        sizes = [ops.size(layers, gated=key in mlps) for key, layers in given.items()]
+        rooms = ops.room(sum(sizes)).split(sizes)
         of: dict[nn.Module, Tiles] = {}
-        for key, layers in given.items():
-            tiles = ops.tiles(layers, gated=key in mlps)
+        for (key, layers), room in zip(given.items(), rooms, strict=True):
+            tiles = ops.tiles(layers, key in mlps, room)
             if tiles is None:
                 return None
             of[key] = tiles

@@ -33,22 +33,27 @@ def _sum(numbers: torch.Tensor, every: int, turn: int) -> int:
 
 
 class Samples:
-    """Some numbers of each of `views`, one-dimensional, to be compared with what they are now."""
+    """Some numbers of each of `views`, one-dimensional, to be compared with what they are now.
+
+    Attributes:
+        held: what keeps the numbers where they are; empty if `same` goes by addresses alone: who asks sees to it then
+            that nothing there was freed.
+    """
 
     def __init__(self, views: Sequence[torch.Tensor], count: int) -> None:
-        self._views = [view[:: max(len(view) // count, 1)] for view in views]
+        self.held = [view[:: max(len(view) // count, 1)] for view in views]
         ops = native_ops()
         self._run = None if ops is None else ops.library.same_numbers
         if self._run is None:
             self._kept = self._read()
             return
         firsts, steps, sizes, counts = (
-            np.array([of(view) for view in self._views], np.int64)
+            np.array([of(view) for view in self.held], np.int64)
             for of in (torch.Tensor.data_ptr, lambda view: view.stride(0), torch.Tensor.element_size, len)
         )
         index = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         self._at = np.repeat(firsts, counts) + np.repeat(steps * sizes, counts) * index
-        self._sizes, self._kept = np.repeat(sizes, counts), np.zeros(len(index), np.uint64)
+        self._sizes, self._kept, self.held = np.repeat(sizes, counts), np.zeros(len(index), np.uint64), []
         self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
         self._places = address(self._at), address(self._sizes), address(self._kept), len(index)
         self._run(*self._places, 1)
@@ -58,4 +63,4 @@ class Samples:
         return bool(self._run(*self._places, 0)) if self._run is not None else self._read() == self._kept
 
     def _read(self) -> bytes:
-        return b"".join(view.view(torch.uint8).numpy().tobytes() for view in map(torch.Tensor.contiguous, self._views))
+        return b"".join(view.view(torch.uint8).numpy().tobytes() for view in map(torch.Tensor.contiguous, self.held))

@@ -53,15 +53,15 @@ static void shape_tiles(int64_t lines) {
 
 /* sums[2 * a + b]: products of lines a (of one or two tiles) with weights b (of two), 16 x 16. Fetches its part of the weights
  * that come next. */
-INLINE void multiply(float (*sums)[SIDE * SIDE], const uint16_t *parts, const uint16_t *weight, int64_t deep, int64_t pass,
-                     int64_t passes, const int two) {
+INLINE void multiply(float (*sums)[SIDE * SIDE], const uint16_t *parts, const uint16_t *weight, const uint16_t *next, int64_t deep,
+                     int64_t pass, int64_t passes, const int two) {
     const uint16_t *more = parts + deep * TILE;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (int64_t j = 0, turn = pass; j < deep; j++, turn = turn ? turn - 1 : passes - 1) {
         const uint16_t *w = weight + j * 2 * TILE;
         if (!turn)
 #pragma GCC unroll 32
-            for (int i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(w + deep * 2 * TILE + i, 0, 2);
+            for (int i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(next + j * 2 * TILE + i, 0, 2);
         _tile_loadd(6, w, 64); _tile_loadd(7, w + TILE, 64);
         _tile_loadd(4, parts + j * TILE, 64);
         _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
@@ -81,16 +81,16 @@ INLINE lanes joined(const float *sums, int64_t line) {
 }
 
 /* Of pair `pair`, weights w, all products with `groups` tiles of lines, the first of which is tile `first` of all. */
-INLINE void multiply_pair(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *w, int64_t pair,
-                          int64_t first, int64_t groups) {
+INLINE void multiply_pair(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *w, const uint16_t *next,
+                          int64_t pair, int64_t first, int64_t groups) {
     const int64_t passes = (groups + 1) / 2;
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     for (int64_t g = 0; g < groups; g += 2) {
         const uint16_t *p = parts + (first + g) * deep * TILE;
         const int64_t line = (first + g) * TOGETHER, left = lines - line;
         const int two = g + 1 < groups;
-        if (two) multiply(sums, p, w, deep, g / 2, passes, 1);
-        else multiply(sums, p, w, deep, g / 2, passes, 0);
+        if (two) multiply(sums, p, w, next, deep, g / 2, passes, 1);
+        else multiply(sums, p, w, next, deep, g / 2, passes, 0);
         for (int64_t i = 0; i < (1 + two) * TOGETHER && i < left; i++) {
             float(*s)[SIDE * SIDE] = sums + i / TOGETHER * 2;
             const lanes both[PAIR] = {joined(s[0], i % TOGETHER), joined(s[1], i % TOGETHER)};
@@ -100,15 +100,18 @@ INLINE void multiply_pair(const target *t, const uint16_t *parts, int64_t lines,
 }
 
 /* `multiply_tiles` over lines that were taken apart: as many at a time as stay in the second level for all weights. */
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
+                  const uint16_t *then) {
+    const share own = share_of(pairs);
     const int64_t deep = blocks_of(in, DEEP), all = blocks_of(lines, TOGETHER), fit = KEPT / deep > 2 ? KEPT / deep / 2 * 2 : 2;
     if (!lines) return; /* tiles have lines */
     shape_tiles(lines);
     for (int64_t first = 0; first < all; first += fit) {
         const int64_t groups = all - first < fit ? all - first : fit;
-#pragma omp for schedule(static) nowait
-        for (int64_t pair = 0; pair < pairs; pair++)
-            multiply_pair(t, parts, lines, deep, weight + pair * deep * 2 * TILE, pair, first, groups);
+        for (int64_t pair = own.begin; pair < own.end; pair++) {
+            const uint16_t *w = weight + pair * deep * 2 * TILE, *next = pair + 1 < own.end ? w + deep * 2 * TILE : then;
+            multiply_pair(t, parts, lines, deep, w, next, pair, first, groups);
+        }
     }
     _tile_release();
 #pragma omp barrier
@@ -116,5 +119,6 @@ void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t
 #else
 int amx_ready(void) { return 0; }
 void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in) {}
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {}
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
+                  const uint16_t *then) {}
 #endif

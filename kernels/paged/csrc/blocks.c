@@ -83,20 +83,22 @@ static void attend(state *s, const block *b, int64_t index, float *out, const fl
 #pragma omp barrier
 }
 
-/* out: x [lines, in] through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. */
-static void products(state *s, float *out, const float *x, int64_t lines, int64_t in, const float *add, const layer *layers) {
+/* out: x [lines, in] through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. `then`:
+ * tiles that the thread reads next. */
+static void products(state *s, float *out, const float *x, int64_t lines, int64_t in, const float *add, const layer *layers,
+                     const void *then) {
     if (s->n->tiled) {
         take_apart(s->parts, x, in, lines, in);
-        multiply_tiles(out, s->parts, lines, in, add, layers[0], 0);
+        multiply_tiles(out, s->parts, lines, in, add, layers[0], 0, then);
     } else multiply_lines(out, x, in, lines, in, add, layers);
 }
 
-static void gated(state *s, float *out, const float *x, int64_t lines, const block *b) {
+static void gated(state *s, float *out, const float *x, int64_t lines, const block *b, const void *then) {
     const sizes *n = s->n;
     const layer gate = {b->gate, b->gate_bias, n->inner}, up = {b->up, b->up_bias, n->inner};
     if (n->tiled) {
         take_apart(s->parts, x, n->width, lines, n->width);
-        multiply_tiles(out, s->parts, lines, n->width, 0, gate, 1);
+        multiply_tiles(out, s->parts, lines, n->width, 0, gate, 1, then);
     } else multiply_gated(out, x, n->width, lines, n->width, gate, up);
 }
 
@@ -119,17 +121,17 @@ static void pick(const state *s, float *mixed, float *hidden, const float *from_
 }
 
 /* hidden [lines, width] goes through one block; KV of its tokens is stored. Returns where it is then: behind the last block, the
- * wanted lines alone. */
-static float *run_block(state *s, const block *b, int64_t index, int last) {
+ * wanted lines alone. `then`: the layer behind it. */
+static float *run_block(state *s, const block *b, int64_t index, int last, layer then) {
     const sizes *n = s->n;
     const int64_t queries = n->heads * n->dim, keys = n->kv_heads * n->dim, joined = queries + 2 * keys;
     float *hidden = s->hidden, *lines = s->scratch, *query = lines + n->lines * n->width, *mixed = query + n->lines * joined;
     float *key = query + queries, *opened = mixed + n->lines * queries;
     const layer qkv[3] = {{b->q, b->q_bias, n->tiled ? joined : queries}, {b->k, b->k_bias, keys}, {b->v, b->v_bias, keys}};
-    const layer o[3] = {{b->o, b->o_bias, n->width}}, down[3] = {{b->down, b->down_bias, n->width}};
+    const layer o[3] = {{b->o, b->o_bias, n->width}}, down[3] = {{b->down, b->down_bias, n->width}}, gate = {b->gate, 0, n->inner};
     int64_t count = n->lines;
     normed(s, lines, hidden, b->norm, count);
-    products(s, query, lines, count, n->width, 0, qkv);
+    products(s, query, lines, count, n->width, 0, qkv, first_tiles(o[0], queries, 0));
     if (b->q_norm) {
         normalize_heads(query, joined, b->q_norm, s->eps, count, n->heads, n->dim);
         normalize_heads(key, joined, b->k_norm, s->eps, count, n->kv_heads, n->dim);
@@ -142,10 +144,10 @@ static float *run_block(state *s, const block *b, int64_t index, int last) {
         pick(s, query, lines, mixed, hidden, queries);
         mixed = query, hidden = lines, lines = s->hidden, count = s->in->wanted_lines;
     }
-    products(s, hidden, mixed, count, queries, hidden, o);
+    products(s, hidden, mixed, count, queries, hidden, o, first_tiles(gate, n->width, 1));
     normed(s, lines, hidden, b->mlp_norm, count);
-    gated(s, opened, lines, count, b);
-    products(s, hidden, opened, count, n->inner, hidden, down);
+    gated(s, opened, lines, count, b, first_tiles(down[0], n->inner, 0));
+    products(s, hidden, opened, count, n->inner, hidden, down, first_tiles(then, n->width, 0));
     return hidden;
 }
 
@@ -180,10 +182,14 @@ int few_forward(float *logits, const ends *e, const block *blocks, int64_t count
     if (!s.failed) {
         float *lines = hidden;
         begin(&s, e, turn);
-        for (int64_t b = 0; b < count && !s.failed; b++) lines = run_block(&s, blocks + b, b, b + 1 == count);
+        for (int64_t b = 0; b < count && !s.failed; b++) {
+            const int last = b + 1 == count;
+            const layer heads = {blocks[last ? 0 : b + 1].q, 0, (n->heads + 2 * n->kv_heads) * n->dim};
+            lines = run_block(&s, blocks + b, b, last, last ? head[0] : heads);
+        }
         if (!s.failed && wanted) {
             normed(&s, hidden, lines, e->norm, wanted);
-            products(&s, logits, hidden, wanted, n->width, 0, head);
+            products(&s, logits, hidden, wanted, n->width, 0, head, e->head);
         }
     }
     free(s.groups), free(taken), free(parts), free(hidden);

@@ -39,7 +39,8 @@ void multiply_lines(float *out, const float *x, int64_t x_line, int64_t lines, i
 void multiply_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, layer gate, layer up);
 size_t size_of_parts(int64_t lines, int64_t in);
 void take_apart(void *parts, const float *x, int64_t x_line, int64_t lines, int64_t in);
-void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated);
+void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then);
+const void *first_tiles(layer a, int64_t in, int gated);
 int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores, int64_t line, int64_t rows, int64_t vocab,
                   const float *temperature, const float *limit, const float *min_p, const int64_t *top_k, const int64_t *seeds,
                   const int64_t *positions);

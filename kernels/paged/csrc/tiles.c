@@ -79,14 +79,15 @@ enum { MANY = REGISTERS * 3 / 4 / PAIR > 0 ? REGISTERS * 3 / 4 / PAIR : 1 };
 
 /* sums[PAIR * m + v]: products of line m of x with the outputs of vector v of a pair of tiles. Fetches its part of the weights that
  * come next. */
-INLINE void multiply_floats(lanes *sums, const float *x, const uint16_t *weight, int64_t deep, int64_t pass, int64_t passes,
-                            const int lines) {
+INLINE void multiply_floats(lanes *sums, const float *x, const uint16_t *weight, const uint16_t *next, int64_t deep, int64_t pass,
+                            int64_t passes, const int lines) {
     lanes kept[MANY * PAIR] = {0};
     for (int64_t j = 0, turn = pass; j < deep; j++, turn = turn ? turn - 1 : passes - 1)
         for (int64_t i = 0; i < DEEP; i += 2) {
-            const uint16_t *w = weight + j * 2 * TILE + i * SIDE;
+            const int64_t at_weight = j * 2 * TILE + i * SIDE;
+            const uint16_t *w = weight + at_weight, *coming = next + at_weight;
             const float *at = x + j * DEEP + i;
-            if (!turn) __builtin_prefetch(w + deep * 2 * TILE, 0, 2), __builtin_prefetch(w + deep * 2 * TILE + TILE, 0, 2);
+            if (!turn) __builtin_prefetch(coming, 0, 2), __builtin_prefetch(coming + TILE, 0, 2);
 #pragma GCC unroll 8
             for (int v = 0; v < PAIR; v++) {
                 const ints both = (ints) * (const bits *)(w + v / WIDE * TILE + v % WIDE * LANES * 2);
@@ -104,30 +105,37 @@ INLINE void multiply_floats(lanes *sums, const float *x, const uint16_t *weight,
 }
 
 /* `multiply_tiles` in float32. */
-static void multiply_all(const target *t, const float *x, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
+static void multiply_all(const target *t, const float *x, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
+                         const uint16_t *then) {
     const int64_t deep = blocks_of(in, DEEP), passes = blocks_of(lines, MANY);
-#pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < pairs; pair++)
+    const share own = share_of(pairs);
+    for (int64_t pair = own.begin; pair < own.end; pair++)
         for (int64_t first = 0; first < lines; first += MANY) {
             const float *from = x + first * deep * DEEP;
-            const uint16_t *w = weight + pair * deep * 2 * TILE;
+            const uint16_t *w = weight + pair * deep * 2 * TILE, *next = pair + 1 < own.end ? w + deep * 2 * TILE : then;
             const int64_t left = lines - first, pass = first / MANY;
             lanes sums[MANY * PAIR];
-#define OF(N) else if (left == N && N < MANY) multiply_floats(sums, from, w, deep, pass, passes, N < MANY ? N : MANY)
-            if (left >= MANY) multiply_floats(sums, from, w, deep, pass, passes, MANY);
+#define OF(N) else if (left == N && N < MANY) multiply_floats(sums, from, w, next, deep, pass, passes, N < MANY ? N : MANY)
+            if (left >= MANY) multiply_floats(sums, from, w, next, deep, pass, passes, MANY);
             OF(1); OF(2); OF(3); OF(4); OF(5); OF(6); OF(7); OF(8); OF(9); OF(10); OF(11);
             for (int64_t m = 0; m < left && m < MANY; m++) write_line(t, sums + PAIR * m, first + m, pair);
         }
+#pragma omp barrier
+}
+
+/* The first weights that the calling thread reads of a layer. */
+const void *first_tiles(layer a, int64_t in, int gated) {
+    return (const uint16_t *)a.weight + share_of(pairs_of(a.rows, gated)).begin * blocks_of(in, DEEP) * 2 * TILE;
 }
 
 /* Products of `lines` lines, see `take_apart`, with the tiles of a layer, by the threads of a team: out [lines, rows] is their sum
  * with the bias and `add`, of the shape of out, where there are such. If gated, gates and ups of a layer take turns as tiles, and out
- * is silu(gate) * up; the bias is that of all gates, then of all ups. */
-void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated) {
+ * is silu(gate) * up; the bias is that of all gates, then of all ups. `then`: weights that the thread reads next, in another call. */
+void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then) {
     const target t = {out, a.bias, add, a.rows, gated};
     const int64_t pairs = pairs_of(a.rows, gated);
-    if (amx) amx_multiply(&t, parts, lines, in, a.weight, pairs);
-    else multiply_all(&t, parts, lines, in, a.weight, pairs);
+    if (amx) amx_multiply(&t, parts, lines, in, a.weight, pairs, then);
+    else multiply_all(&t, parts, lines, in, a.weight, pairs, then);
 }
 
 /* The same of x [lines, in], lines x_line floats apart. Returns 0, or 1 where memory ran out. */
@@ -140,7 +148,7 @@ int tile_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64
 #pragma omp parallel if (rows * in > 8192)
     {
         take_apart(parts, x, x_line, lines, in);
-        multiply_tiles(out, parts, lines, in, add, a, gated);
+        multiply_tiles(out, parts, lines, in, add, a, gated, weight);
     }
     free(parts);
     return 0;

@@ -2,6 +2,7 @@
 #pragma once
 #include "blocks.h"
 #include "lanes.h"
+#include <omp.h>
 
 enum {
     SIDE = 16,              /* outputs of a tile */
@@ -12,6 +13,16 @@ enum {
 };
 
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+/* Pairs of tiles that a thread multiplies: of the same layer always the same ones. */
+typedef struct {
+    int64_t begin, end;
+} share;
+
+INLINE share share_of(int64_t pairs) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return (share){pairs * thread / threads, pairs * (thread + 1) / threads};
+}
 
 /* Where products go; see `multiply_tiles`. */
 typedef struct {
@@ -57,4 +68,5 @@ INLINE void write_line(const target *t, const lanes *sums, int64_t line, int64_t
 
 int amx_ready(void);
 void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in);
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs);
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
+                  const uint16_t *then);
