@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -141,7 +140,7 @@ class Drafting:
             return planned
         sequence, count = planned.sequence, 1 + len(proposal)
         span = proposal.span(sequence.tokens[-1], sequence.computed)
-        return replace(planned, count=count, logits=count, span=span)
+        return PlanRow(planned.row, sequence, count, count, span)
 
     def _reserve(self, planned: PlanRow, drafts: int) -> bool:
         """Make slots for drafts of a row writable. Drafts never take the pages of another row."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import isfinite
 
+import numpy as np
 import torch
 
 from hf_paged.plan import PlanRow
@@ -47,6 +49,14 @@ def note_prompts(work: Sequence[PlanRow], logits: torch.Tensor) -> None:
             own = logits[begin + done : begin + len(ids)]
             next_ids = torch.tensor(ids[done:], device=logits.device)
             request.prompt_logprobs += prompt_logprobs(own, next_ids, request.params.prompt_logprobs)
+
+
+def all_finite(logits: torch.Tensor) -> bool:
+    """Whether all of them are, by one look at their sum; False also where one is -inf."""
+    if logits.device.type != "cpu" or logits.requires_grad or logits.dtype != torch.float32:
+        return isfinite(float(logits.sum()))
+    with np.errstate(all="ignore"):
+        return isfinite(logits.numpy().sum())  # a few lines are summed sooner than torch is called
 
 
 def append_drawn(row: Row, sampled: SampleResult, i: int) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import isfinite
 
 import torch
 
@@ -15,7 +14,7 @@ from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_p
 from hf_paged.burst import Stepper, run_burst
 from hf_paged.config import CoreSettings
 from hf_paged.drafting import Drafting
-from hf_paged.drawing import note_prompts, rows_to_draw
+from hf_paged.drawing import all_finite, note_prompts, rows_to_draw
 from hf_paged.memory import Memory, OutOfPages
 from hf_paged.outcomes import Outcomes, StepResult
 from hf_paged.outputs import RequestMetrics
@@ -327,7 +326,7 @@ class EngineCore:
         scored = note_scores(work, logits)
         drawings = rows_to_draw(work, drafts)
         # A look at all logits at once says for most steps that nothing is wrong.
-        sound = not drafts or isfinite(float(logits.sum()))
+        sound = not drafts or all_finite(logits)
         if not sound:
             drawings = self.outcomes.set_aside(drawings, logits)
         known = sum(w.count for w in work if w not in drafts and (w.count > 1 or not w.row.output_ids))

@@ -122,25 +122,34 @@ def build_plan(
         slots += [pages[place // page_size] * page_size + place % page_size for place in places]
         wanted += range(len(token_ids) - row.logits, len(token_ids))
     total = len(token_ids)
-    packed = torch.from_numpy(np.array(token_ids + positions + slots + wanted, np.int64)).to(device)
+    packed = _parted(np.array(token_ids + positions + slots + wanted, np.int64), total, device)
     counts = np.array([row.count for row in rows], np.int64)
     ends = np.array([row.first + row.count for row in rows], np.int64)
     tree = _tree_mask(rows, positions) if any([row.branches for row in rows]) else None
     return StepPlan(
-        token_ids=packed[:total],
-        positions=packed[total : 2 * total],
-        logits_at=packed[3 * total :],
+        token_ids=packed[0],
+        positions=packed[1],
+        logits_at=packed[3],
         rows=PagedRows(
             page_size,
             decodes,
             counts,
             ends,
             page_table([row.sequence for row in rows]),
-            packed[2 * total : 3 * total],
+            packed[2],
             backend,
             tree,
         ),
     )
+
+
+def _parted(numbers: np.ndarray, total: int, device: torch.device | str) -> list[torch.Tensor]:
+    """Three times `total` numbers and the rest, after one copy to `device`; on a CPU without torch's slower calls."""
+    cuts = [slice(0, total), slice(total, 2 * total), slice(2 * total, 3 * total), slice(3 * total, None)]
+    if torch.device(device).type == "cpu":
+        return [torch.from_numpy(numbers[cut]) for cut in cuts]
+    packed = torch.from_numpy(numbers).to(device)
+    return [packed[cut] for cut in cuts]
 
 
 def _tree_mask(rows: Rows[PlanRow], positions: list[int]) -> TreeMask:

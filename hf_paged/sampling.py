@@ -75,7 +75,6 @@ class SampleResult:
     scores: list[torch.Tensor | None] | None = None
 
 
-@torch.no_grad()
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleResult:
     """Draw one token for each row of logits: float32 [S, V], left as they are.
 
@@ -85,7 +84,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleResult:
     """
     if logits.dim() != 2 or len(logits) != len(rows) or not logits.shape[1]:
         raise ValueError(f"logits has shape {list(logits.shape)}: must be [{len(rows)}, V], one row for each token")
-    logits = logits.float()
+    if logits.requires_grad or logits.dtype != torch.float32:
+        logits = logits.detach().float()
     tokens = [-1] * len(rows)
     errors: list[Exception | None] = [None] * len(rows)
     if all(map(_is_plain_greedy, rows)):
@@ -95,6 +95,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleResult:
         drawn = filters.draw_at_once(logits, [(row.params, row.seed, row.position) for row in rows])
         if drawn is not None:
             return SampleResult(drawn, errors)
+    return _sample_in_parts(logits, rows, tokens, errors)
+
+
+@torch.no_grad()
+def _sample_in_parts(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: list[int], errors: list[Exception | None]
+) -> SampleResult:
+    """The same, step by step."""
     _find_raw_errors(logits, errors)
     scores = run_pipelines(logits, rows, errors)
     scores = adjust(scores, rows, owned=scores is not logits)
@@ -173,9 +181,9 @@ def _take_largest(
 def _largest(scores: torch.Tensor) -> tuple[list[float], list[int]]:
     """The largest of each row, NaN where there is one, and the first place where it stands."""
     if scores.device.type == "cpu" and scores.numel() <= FEW_SCORES:
-        array = scores.detach().numpy()
+        array = scores.numpy()
         ids = array.argmax(axis=1).tolist()
-        return [float(row[token]) for row, token in zip(array, ids, strict=True)], ids
+        return [array.item(row, token) for row, token in enumerate(ids)], ids
     tops, ids = scores.max(dim=1)
     return tops.tolist(), ids.tolist()
 

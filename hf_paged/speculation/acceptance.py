@@ -57,9 +57,8 @@ class Acceptance:
             self._add(proposal.source, proposal.kinds[index], depths[index], taken)
             row.taken += taken
             row.expected += proposal.odds[index]
-        for depth in range(1, max(depths) + 1):
-            if depth <= verdict.accepted + (not verdict.ended):
-                self._add(proposal.source, ANY, depth, depth <= verdict.accepted)
+        for depth in range(1, min(max(depths), verdict.deepest) + 1):
+            self._add(proposal.source, ANY, depth, depth <= verdict.accepted)
 
     def _add(self, source: str, kind: int, depth: int, taken: bool) -> None:
         seen = self._seen.setdefault((source, kind, min(depth, DEPTHS)), [0.0, 0.0])

@@ -11,6 +11,7 @@ from statistics import median
 KNOWN = 3  # measurements of a size before they count, by their median: one that stumbled would bar it for good
 FOLLOW = 0.6  # share of what a forward took more or less than expected that is put down to the machine's pace
 SETTLED = 64  # measurements of a size after which a single one moves it as little as it ever will
+OFTEN = 16  # measurements between two looks at what they make of the sizes
 STRAY = 0.25  # a measurement counts as so far off at most, in powers of e: a machine stumbles now and then
 LATEST = 9  # prompts that count
 LONG = 64  # tokens of a forward whose time a token is that of a large one
@@ -66,7 +67,7 @@ class CostTable:
             size.seconds *= exp(missed / (2 * min(size.count, SETTLED)))
         size.count += 1
         self._notes += 1
-        if size.count < SETTLED or self._notes % SETTLED == 0:
+        if size.count <= 2 * KNOWN or self._notes % OFTEN == 0:
             self._settle()
 
     def note_prompt(self, tokens: int, seconds: float) -> None:

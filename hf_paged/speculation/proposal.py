@@ -46,6 +46,8 @@ class Proposal:
 
     def depths(self) -> list[int]:
         """For each token how many stand between it and the row's last token, itself included."""
+        if self._chain:
+            return list(range(1, len(self.tokens) + 1))
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
@@ -116,8 +118,16 @@ class Verdict:
         """Drafts that the target took."""
         return len(self.path)
 
+    @property
+    def deepest(self) -> int:
+        """Depth down to which it was looked for drafts to take."""
+        return self.accepted + (not self.ended)
+
     def judged(self) -> list[tuple[int, bool]]:
         """The drafts that were put to the test, and whether each was taken: the children of every token of the path."""
+        if self.proposal.is_chain:
+            judged = min(self.deepest, len(self.proposal))
+            return [(index, index < self.accepted) for index in range(judged)]
         taken, out = set(self.path), []
         tested = {-1, *self.path}
         if self.ended:

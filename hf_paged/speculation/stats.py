@@ -60,7 +60,7 @@ class Tally:
         self.proposals += 1
         self.proposed += len(verdict.proposal)
         self.accepted += verdict.accepted
-        deepest = min(max(verdict.proposal.depths()), verdict.accepted + (not verdict.ended))
+        deepest = min(max(verdict.proposal.depths()), verdict.deepest)
         self.tested.update(range(1, deepest + 1))
         self.taken.update(enumerate(verdict.ranks(), 1))
 

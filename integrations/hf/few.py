@@ -109,8 +109,9 @@ class FewLines:
         """As `LeanForward`; `fit` has said so."""
         model, rotation = self._model, None
         if not model.ends[FREQUENCIES]:
-            hidden = lean.embed.weight[None, :1]  # for its dtype and device
-            rotation = lean.between.rotation(*(part[0] for part in lean.rotary(hidden, plan.positions[None])))
+            with torch.no_grad():
+                hidden = lean.embed.weight[None, :1]  # for its dtype and device
+                rotation = lean.between.rotation(*(part[0] for part in lean.rotary(hidden, plan.positions[None])))
         return self.op(model, plan.token_ids, plan.positions, plan.logits_at, plan.rows, rotation)
 
 

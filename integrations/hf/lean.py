@@ -154,7 +154,6 @@ class LeanForward:
         """Logits behind the tokens that the plan names: float32 `[len(plan.logits_at), vocab]`."""
         return self.logits(plan).float()
 
-    @torch.no_grad()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The same in the model's dtype."""
         tiles = self.tiled()
@@ -162,6 +161,10 @@ class LeanForward:
             return self.blocks(self, plan)
         if tiles is None or plan.tokens > tiles.most:
             self._choose_weights(plan.tokens)
+        return self._op_by_op(plan, tiles)
+
+    @torch.no_grad()
+    def _op_by_op(self, plan: StepPlan, tiles: TiledLinear | None) -> torch.Tensor:
         ops, spare = self._products(plan.tokens, tiles)
         token_ids, positions = F.pad(plan.token_ids, (0, spare)), F.pad(plan.positions, (0, spare))
         slots = F.pad(plan.rows.slots, (0, spare))  # slot 0 lies on the page that takes what goes nowhere

@@ -18,7 +18,7 @@ from hf_paged.kernels.rows import ALL, PagedRows
 # Below these a part costs more to merge than it saves (measured on two cores, 6 heads over 2, of 64). Heads of a query
 # that share keys are lines of one product, which wants some lines: with such heads fewer queries are enough.
 LEAST_SLOTS, LEAST_QUERIES, LEAST_LINES = 192, 8, 10
-LEAST_CAUSAL = 64  # the same of a chunk and what it sees: nothing is read for others there, but many queries at once
+LEAST_CAUSAL = 64  # slots that queries of one row see: nothing is merged over rows there
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ def build_groups(rows: PagedRows, heads: int = 1) -> Groups | None:
         heads: of a query that share keys.
     """
     least = min(LEAST_QUERIES, -(-LEAST_LINES // heads))
-    if len(rows.query_lens) == 1 and len(rows.slots) < least:
-        return None
+    if len(rows.query_lens) == 1:
+        return _alone(rows) if len(rows.slots) >= least else None
     first = rows.page_table[:, 0].tolist()
     # Prompts' chunks that are groups by themselves.
     chunks = (rows.query_lens >= least) & (rows.context_lens >= LEAST_CAUSAL)
@@ -63,6 +63,23 @@ def build_groups(rows: PagedRows, heads: int = 1) -> Groups | None:
         if len(members) > 1 or chunks[members[0]]:
             found.split(members, 0, 0)
     return found.groups()
+
+
+def _alone(rows: PagedRows) -> Groups | None:
+    """The same as the finder below finds for one row, in a few of its calls: a step's drafts for one request."""
+    count, context = len(rows.slots), int(rows.context_lens[0])
+    causal = rows.tree is None or rows.tree.visible[0] == ALL
+    end = context if causal else min(context - count, int(rows.tree.base[0]))
+    if end < LEAST_CAUSAL:
+        return None
+    queries = np.arange(count + 1)
+    return Groups(
+        own=queries[1:] + (context - count) if causal else np.full(count, end),
+        segments=np.array([[0, 0, end, 0, count, causal]], np.int64),
+        members=queries[:-1],
+        part_start=queries,
+        parts=queries[:-1],
+    )
 
 
 class _Finder:
@@ -113,16 +130,16 @@ class _Finder:
         """What the queries of one row see together: of a chunk all there is, of a tree what lies before it."""
         count, before = int(self.lens[row]), int(self.before[row])
         if not self.causal[row] or before + count - begin < LEAST_CAUSAL:
-            self._segment([row], begin, before)
+            self._segment([row], begin, before, LEAST_CAUSAL)
             return
         queries = np.arange(count) + self.start[row]
         self._note(row, begin, before + count, queries, 1)
         self.own[queries] = before + np.arange(1, count + 1)
 
-    def _segment(self, rows: list[int], begin: int, end: int) -> int:
-        """Slots `begin` to `end` for all queries of `rows`, if that pays. Returns the first that is in no segment."""
+    def _segment(self, rows: list[int], begin: int, end: int, slots: int | None = None) -> int:
+        """Slots `begin` to `end` for all queries of `rows`, if there are enough. Returns the first in no segment."""
         first, lens = self.start[rows], self.lens[rows]
-        if end - begin < LEAST_SLOTS or lens.sum() < self.least:
+        if end - begin < (LEAST_SLOTS if slots is None else slots) or lens.sum() < self.least:
             return begin
         ends = lens.cumsum()
         # Of each row its first query and those after it.
