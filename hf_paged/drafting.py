@@ -24,6 +24,8 @@ from hf_paged.speculation.verify import Drawing
 from hf_paged.stats import Recorder
 from hf_paged.store import KVStore
 
+MANY, FEW = 16, 4  # steps without drafts, behind which one in so many is measured
+
 
 class Drafting:
     """Speculation in one engine.
@@ -48,6 +50,7 @@ class Drafting:
         self._plain = False  # whether the latest step held no prompt
         self._before = 0  # drafts of the step before
         self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
+        self._alike = 0  # steps on end without drafts
 
     def speculator(self, config: SpeculationConfig, drafter: Drafter | None = None) -> Speculator | None:
         """The speculator of these settings; None where nothing is to be drafted."""
@@ -165,12 +168,19 @@ class Drafting:
         if self._nodes:
             self.verified += 1
             self.verify_seconds += seconds
+        self._alike = 0 if self._nodes or behind else self._alike + 1
         if self._plain:
             if behind and self.cost:
                 self.overhead.note_after(seconds, self.cost.seconds(tokens))
-            self.cost.note(tokens, seconds)
+            if self._counts:
+                self.cost.note(tokens, seconds)
         else:
             self.cost.note_prompt(tokens, seconds)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the step is measured: of many without drafts every few are."""
+        return self._alike < MANY or self._alike % FEW == 0
 
     def stepped(self, seconds: float, tokens: int) -> None:
         """Note what the step took in all, and how many tokens it gave."""
@@ -180,7 +190,7 @@ class Drafting:
         seconds = self.measured(seconds)
         for speculator in self.speculators.values():
             speculator.stepped(tokens, seconds if self._plain else 0.0)
-        if self._plain:
+        if self._plain and self._counts:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
 

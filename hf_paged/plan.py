@@ -146,7 +146,7 @@ def build_plan(
 def _parted(numbers: np.ndarray, total: int, device: torch.device | str) -> list[torch.Tensor]:
     """Three times `total` numbers and the rest, after one copy to `device`; on a CPU without torch's slower calls."""
     cuts = [slice(0, total), slice(total, 2 * total), slice(2 * total, 3 * total), slice(3 * total, None)]
-    if torch.device(device).type == "cpu":
+    if (device if isinstance(device, str) else device.type) == "cpu":
         return [torch.from_numpy(numbers[cut]) for cut in cuts]
     packed = torch.from_numpy(numbers).to(device)
     return [packed[cut] for cut in cuts]

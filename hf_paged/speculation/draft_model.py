@@ -16,11 +16,13 @@ from hf_paged.memory import PageCopy
 from hf_paged.plan import PlanRow, Span, StepPlan
 from hf_paged.sequence import Sequence
 from hf_paged.speculation.choose import Chosen, choose
-from hf_paged.speculation.drafter import Drafter, kind_of, likelihood
+from hf_paged.speculation.drafter import KINDS, Drafter, kind_of, likelihood
 from hf_paged.speculation.few import FewDrafts
 from hf_paged.speculation.guide import Guide
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict, tree_places
 from hf_paged.store import KVStore
+
+OFTEN = 16  # chains between two looks at what drafts are worth
 
 
 @dataclass(eq=False)
@@ -75,6 +77,7 @@ class DraftModel(Drafter):
         super().__init__(forward, store, page_size, **settings)
         self._trees: dict[Sequence, Tree] = {}  # of the latest step
         self._op: NativeDrafts | None = None
+        self._odds, self._asked = np.zeros(KINDS, np.float32), 0
         self._filled = np.zeros(num_pages + 1, np.int32)  # slots of each page that hold KV of the tokens there
 
     # -- pages
@@ -138,6 +141,10 @@ class DraftModel(Drafter):
         with self._timed(guide):
             few = FewDrafts.begin(self.forward, trees, self.page_size, self.most, self._op)
             self._op = few.op if few is not None else None
+        alone = len(trees) == 1 and guide.ledger is not None and not guide.threshold
+        if few is not None and alone and lag <= few.most and reserve(trees[0].planned, deepest - 1):
+            self._grow_chain(trees[0], few, known[0], guide)
+            return
         with self._timed(guide, lag):
             if few is not None and lag <= few.most:
                 chosen = few.behind_known(known, guide.width)
@@ -162,6 +169,39 @@ class DraftModel(Drafter):
                 else:
                     chosen = self._choose(growing, self._compute(growing), guide.width)
                 self._extend(growing, chosen, guide, depth)
+
+    def _grow_chain(self, tree: Tree, few: FewDrafts, known: int, guide: Guide) -> None:
+        """Of one row alone the likeliest tokens behind one another by a single call, and those beside each of them."""
+        computed, before = tree.planned.sequence.computed, self.seconds
+        with self._timed(guide):
+            tokens, probs = few.chain(known, tree.deepest, guide.width, self._usual_odds(guide), guide.least_of_chain())
+            depth = len(tokens)
+            tree.fed.update(range(depth - 1))
+            self._mark(tree.planned, known, computed + 1)
+            beside, least, reach = [], guide.least(), guide.value(tree.planned)
+            for at in range(depth):
+                grown = self._children(tree, at - 1, reach, tokens[at], probs[at], guide, at + 1)
+                self._add(tree, grown[:1], guide)
+                beside += [entry for entry in grown[1:] if entry[0] >= least]
+                reach = tree.reach[-1]
+            self._add(tree, beside[: MOST_NODES - depth], guide)
+        self._note_chain(computed + 1 - known, depth, self.seconds - before)
+
+    def _usual_odds(self, guide: Guide) -> np.ndarray:
+        """Odds of likeliest tokens by their probability, over all rows; looked up now and then."""
+        if self._asked % OFTEN == 0:
+            middles = [(kind + 0.5) / KINDS for kind in range(KINDS)]
+            odds = [guide.acceptance.odds(self.name, kind_of(p), 2, likelihood(p)) for p in middles]
+            self._odds = np.array(odds, np.float32)
+        self._asked += 1
+        return self._odds
+
+    def _note_chain(self, lag: int, depth: int, seconds: float) -> None:
+        """A forward over `lag` tokens and `depth - 1` over one took so long."""
+        if lag == 1:
+            self.cost.note(1, seconds / depth)
+        elif self.cost.knows(1):
+            self.cost.note(lag, max(seconds - (depth - 1) * self.cost.seconds(1), seconds / depth))
 
     @staticmethod
     def _choose(trees: list[Tree], logits: torch.Tensor, width: int) -> Chosen:
@@ -206,17 +246,26 @@ class DraftModel(Drafter):
             grown = []
             for node in tree.frontier:
                 reach = tree.reach[node] if node >= 0 else guide.value(tree.planned)
-                for rank, (token, prob) in enumerate(zip(tokens[at], probs[at], strict=True)):
-                    if isnan(prob):
-                        raise FloatingPointError("the draft model's logits hold NaN")
-                    if prob >= guide.threshold:
-                        kind = kind_of(prob, rank)
-                        odds = guide.odds(tree.planned, kind, depth, likelihood(prob, rank))
-                        grown.append((reach * odds, node, token, kind, odds))
+                grown += self._children(tree, node, reach, tokens[at], probs[at], guide, depth)
                 at += 1
             grown.sort(key=lambda entry: -entry[0])
             grown = [entry for entry in grown[: guide.width] if entry[0] >= least]
             self._add(tree, grown[: MOST_NODES - len(tree.tokens)], guide)
+
+    @staticmethod
+    def _children(
+        tree: Tree, node: int, reach: float, tokens: list[int], probs: list[float], guide: Guide, depth: int
+    ) -> list[tuple]:
+        """Drafts behind `node`, which is reached so often: reach, parent, token, kind and odds of each."""
+        grown = []
+        for rank, (token, prob) in enumerate(zip(tokens, probs, strict=True)):
+            if isnan(prob):
+                raise FloatingPointError("the draft model's logits hold NaN")
+            if prob >= guide.threshold:
+                kind = kind_of(prob, rank)
+                odds = guide.odds(tree.planned, kind, depth, likelihood(prob, rank))
+                grown.append((reach * odds, node, token, kind, odds))
+        return grown
 
     def _add(self, tree: Tree, grown: list[tuple], guide: Guide) -> None:
         tree.frontier = list(range(len(tree.tokens), len(tree.tokens) + len(grown)))

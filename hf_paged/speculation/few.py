@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hf_paged.filters import draw_arrays
@@ -73,6 +74,15 @@ class FewDrafts:
             wanted.append(len(lines) - 1)
         return self._chosen(lines, wanted, 0, width)
 
+    def chain(self, known: int, deepest: int, width: int, odds: np.ndarray, least: float) -> Chosen:
+        """What comes behind the last token of the only row, behind the likeliest of that, and so on: see
+        `NativeDrafts.chain`. Slots of all but the deepest are there."""
+        sequence = self._trees[0].planned.sequence
+        start = sequence.computed + 1
+        lines = [self._line(0, sequence.tokens[place], place, place, ALL) for place in range(known, start)]
+        slots = [self._slot(sequence, place) for place in range(start, start + deepest - 1)]
+        return self.op.chain(lines, page_table([sequence]), slots, width, odds, least)
+
     def behind_frontier(self, trees: Sequence[Tree], depth: int, width: int) -> Chosen:
         """What comes behind the frontiers of `trees`, at `depth`."""
         lines: list[Line] = []
@@ -87,9 +97,11 @@ class FewDrafts:
         return self._chosen(lines, range(len(lines)), depth - 1, width)
 
     def _line(self, number: int, token: int, position: int, place: int, visible: int) -> Line:
-        sequence, size = self._trees[number].planned.sequence, self._size
-        slot = sequence.pages[place // size] * size + place % size
-        return token, position, slot, number, place + 1, visible, sequence.computed
+        sequence = self._trees[number].planned.sequence
+        return token, position, self._slot(sequence, place), number, place + 1, visible, sequence.computed
+
+    def _slot(self, sequence: Sequence, place: int) -> int:
+        return sequence.pages[place // self._size] * self._size + place % self._size
 
     def _chosen(self, lines: Sequence[Line], wanted: Sequence[int], ahead: int, width: int) -> Chosen:
         table = page_table([tree.planned.sequence for tree in self._trees])

@@ -176,6 +176,11 @@ class Guide:
         """Drafts that are reached more rarely are not worth that one at `depth` is made behind them."""
         return self.least() / self.acceptance.any_odds(self.source, depth)
 
+    def least_of_chain(self) -> float:
+        """Drafts of one row that are reached more rarely are not worth that another one is made behind them."""
+        another = self.draft_cost.seconds(1) * self.ledger.plain()
+        return (self.ledger.worth() + another) / self.acceptance.any_odds(self.source, 2)
+
     def goes_on(self, depth: int, reaches: Sequence[float], deepest: int) -> bool:
         """Whether drafts at `depth`, 2 or more, are to be made behind drafts of these reaches. (See `Trial` for 1.)"""
         if not reaches:

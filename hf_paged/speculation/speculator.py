@@ -78,8 +78,10 @@ class Speculator:
         if self.config.adaptive and not self.cost.knows(tokens):
             return {}  # beside steps that are not known any draft would seem to cost nothing
         ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive else None
-        self._drawn, self._plain = drawn, drawn / ledger.plain() if ledger is not None else 0.0
+        self._drawn, self._plain = drawn, ledger.seconds(0) if ledger is not None else 0.0
         drafts = self._drafts and (ledger is None or self.trial.drafts(soon))
+        if not (asked or drafts):
+            return {}
         depths = {planned: self._deepest(planned.row, budget) for planned in (rows if drafts else asked)}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths:
@@ -212,9 +214,12 @@ class Speculator:
         self._taken += verdict.accepted
         if self.drafter is not None and source == self.drafter.name:
             self.drafter.settle(planned, verdict, computed)
+        elif self._drawn:
+            self.texts.paid(verdict.accepted * self._plain / self._drawn)
 
     def stepped(self, tokens: int, seconds: float) -> None:
         """What the whole step made and took; `seconds` of one that computed prompts: 0."""
+        self.texts.stepped(seconds)
         self._reached = LASTING * self._reached + self._reach
         self._took = LASTING * self._took + self._taken
         if self._plain and self._drawn:

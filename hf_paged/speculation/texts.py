@@ -16,6 +16,10 @@ from hf_paged.speculation.suffix import SuffixIndex, Text
 # A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps, up
 # to some times as many as rows draw; rows that wait as long are looked at in the same ones.
 PATIENCE, LEAST_LONGEST = 3, 7
+# Seconds that a look takes, about: into a row's own text, and into all.
+LOOK, LOOK_AT_ALL = 3e-5, 1.5e-4
+# Of the seconds that their drafts save, and of all others, so much may go into looks; at most so many are saved up.
+SAVED, SHARE, PURSE = 0.5, 0.01, 0.02
 
 
 @dataclass(eq=False)
@@ -52,16 +56,34 @@ class Texts:
     Args:
         acceptance: of the speculator that asks.
         suffixes: None where they are not asked for.
+
+    Attributes:
+        purse: seconds that looks may take now.
     """
 
     def __init__(self, config: SpeculationConfig, acceptance: Acceptance, suffixes: SuffixIndex | None) -> None:
         self.config, self.acceptance, self.suffixes = config, acceptance, suffixes
+        self.purse, self._look = PURSE, LOOK if config.method == "lookup" else LOOK_AT_ALL
 
     def due(self, rows: Sequence[PlanRow], step: int) -> list[PlanRow]:
-        """The rows for which texts are looked at in this step."""
-        if self.config.method in ("draft", "layer_skip"):
+        """The rows for which texts are looked at in this step: of those whose time has come as many as can be paid."""
+        if self.config.method in ("draft", "layer_skip") or (self.config.adaptive and self.purse < 0):
             return []
-        return [planned for planned in rows if RowDrafting.of(planned.row, step).until <= step]
+        found = [planned for planned in rows if RowDrafting.of(planned.row, step).until <= step]
+        if self.config.adaptive:
+            most = 1 + int(self.purse / self._look)
+            if len(found) > most:
+                found = sorted(found, key=lambda planned: RowDrafting.of(planned.row, step).misses)[:most]
+            self.purse -= self._look * len(found)
+        return found
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long."""
+        self.purse = min(self.purse + SHARE * seconds, PURSE)
+
+    def paid(self, seconds: float) -> None:
+        """Tokens that texts had given would have taken so long."""
+        self.purse = min(self.purse + SAVED * seconds, PURSE)
 
     def put_off(self, asked: Sequence[PlanRow], chosen: Container[PlanRow], step: int, drawn: int) -> None:
         """Rows that were looked at: those for which nothing paid are looked at less and less often.

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, median_low
 
 TRIED, FEWER = 6, 3  # steps of a trial; of one with several rows, which say more at a time
 SHORT, LONG, GROWTH = 12, 384, 8  # steps between trials: more as long as the same turns out to be faster
-KEPT = 24  # steps of a kind that count
+KEPT = 48  # steps of a kind that count
 MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, which trials do not show
 SURE = 4  # trials after which what was seen can be relied on
 # Then so many steps without drafts for each that the draft model spent on catching up, of at most so many.
-PAYING, DEAREST = 100, 40
+PAYING, SETTLED, DEAREST = 100, 150, 40
 STUMBLE = 1.5  # a step counts as so many times the usual one at most
 
 
@@ -34,7 +34,7 @@ class Batch:
         best: whether to draft. trying: whether this phase does the other.
         left: steps of the phase. span: steps between trials.
         noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
-        toll: what that took the last time, in steps without drafts.
+        tolls: what that took the latest times, in steps without drafts.
     """
 
     tried: int
@@ -47,7 +47,7 @@ class Batch:
     span: int = SHORT
     noted: int = 0
     fresh: bool = False
-    toll: float = 0.0
+    tolls: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
     @property
     def mode(self) -> bool:
@@ -63,6 +63,12 @@ class Batch:
         """How far what was seen of drafts can be relied on: after a first trial it may have been chance."""
         return min(len(self.seen[True]) / (SURE * self.tried), 1.0)
 
+    def _rest(self) -> int:
+        """Steps until the next trial, after one that found that drafts do not pay."""
+        toll = median_low(self.tolls) if self.tolls else 0.0  # one of them may have stumbled
+        sure = self._sure()
+        return max(self.span, int((sure * PAYING if sure < 1 else SETTLED) * min(toll, DEAREST)))
+
     def turn(self) -> None:
         """The next phase."""
         if self.noted <= self.tried // 2:
@@ -73,7 +79,7 @@ class Batch:
             best = self.gain() > MARGIN
             self.span = min(GROWTH * self.span, LONG) if best == self.best else SHORT
             self.best, self.trying = best, False
-            self.left = self.span if best else max(self.span, int(self._sure() * PAYING * min(self.toll, DEAREST)))
+            self.left = self.span if best else self._rest()
         else:
             self.trying, self.left = True, self.tried
         self.noted, self.fresh = 0, self.mode and not mode
@@ -118,6 +124,7 @@ class Trial:
         if batch is None or not cost:
             return
         if batch.fresh:
-            batch.fresh, batch.toll = False, cost
+            batch.fresh = False
+            batch.tolls.append(cost)
         else:
             batch.add(tokens, cost)

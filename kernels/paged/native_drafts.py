@@ -41,7 +41,7 @@ class NativeDrafts:
         self._inputs = np.array([at[IDS], at[POSITIONS], at[SLOTS], 0, address(self._wanted), 0], np.int64)
         self._shape = np.array([0, *model.sizes, page_size, 0], np.int64)
         self._settings = np.zeros(6, np.int64)
-        self._run = _few_drafts()
+        self._run, self._run_chain = _few_drafts()
         arrays = *model.places, address(self._shape), address(self._inputs)
         self._at = *arrays, None, None, model.turn, model.scale, model.eps
         self._sight_at, self._settings_at = address(self._sight), address(self._settings)
@@ -61,21 +61,43 @@ class NativeDrafts:
             table: int64 `[rows, pages]`.
             ahead: tokens that the wanted lines stand behind those whose places the parameters name.
         """
+        self._place(lines, wanted, table)
+        tokens, odds = np.empty((len(wanted), width), np.int64), np.empty((len(wanted), width), np.float32)
+        if self._run(address(tokens), address(odds), width, self._settings_at, ahead, *self._at):
+            raise MemoryError(f"no memory for {len(lines)} lines of {self.model.sizes[0]} numbers")
+        return present(tokens, odds)
+
+    def chain(
+        self, lines: Sequence[Line], table: np.ndarray, slots: Sequence[int], width: int, odds: np.ndarray, least: float
+    ) -> Chosen:
+        """The same of the last of `lines`, which are one row's, then of the likeliest token behind it, and so on.
+
+        Args:
+            slots: of the tokens to come: at most one more is given.
+            odds: float32, that a likeliest token is the right one, by its probability: in so many equal steps.
+            least: product of the likeliest tokens' odds under which nothing more is asked for.
+        """
+        self._place(lines, [len(lines) - 1], table)
+        deepest, at, depth = len(slots) + 1, np.array([*slots, 0], np.int64), ctypes.c_int64()
+        tokens, probs = np.empty((deepest, width), np.int64), np.empty((deepest, width), np.float32)
+        rule = deepest, least, address(odds), len(odds), address(at), ctypes.byref(depth)
+        if self._run_chain(address(tokens), address(probs), width, self._settings_at, *rule, *self._at):
+            raise MemoryError(f"no memory for {len(lines)} lines of {self.model.sizes[0]} numbers")
+        return present(tokens[: depth.value], probs[: depth.value])
+
+    def _place(self, lines: Sequence[Line], wanted: Sequence[int], table: np.ndarray) -> None:
+        """What the compiled call reads."""
         count, n = len(lines), len(wanted)
         self._lines[:, :count] = np.array(lines, np.int64).T
         self._wanted[:n] = wanted
         self._shape[0], self._shape[-1] = count, table.shape[1]
         self._inputs[3], self._inputs[5] = address(table), n
         self.model.blocks[:, -1] = self._sight_at
-        tokens, odds = np.empty((n, width), np.int64), np.empty((n, width), np.float32)
-        failed = self._run(address(tokens), address(odds), width, self._settings_at, ahead, *self._at)
-        if failed:
-            raise MemoryError(f"no memory for {count} lines of {self.model.sizes[0]} numbers")
-        return present(tokens, odds)
 
 
 @lru_cache(maxsize=1)
-def _few_drafts() -> ctypes._CFuncPtr:
-    run = native_ops().library.few_drafts
-    run.argtypes = [_P, _P, _I, _P, _I, _P, _P, _I, _P, _P, _P, _P, _F, _F, _F]
-    return run
+def _few_drafts() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
+    library, model = native_ops().library, [_P, _P, _I, _P, _P, _P, _P, _F, _F, _F]
+    library.few_drafts.argtypes = [_P, _P, _I, _P, _I, *model]
+    library.few_chain.argtypes = [_P, _P, _I, _P, _I, _F, _P, _I, _P, _P, *model]
+    return library.few_drafts, library.few_chain

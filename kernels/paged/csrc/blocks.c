@@ -225,3 +225,31 @@ int few_drafts(int64_t *tokens, float *probs, int64_t width, const settings *row
     free(scores);
     return failed;
 }
+
+/* `few_drafts` of one row, whose last line alone is wanted; then behind its likeliest token, and so on: `deepest` times in all, or
+ * until the odds of these tokens have a product under `least`: odds[i] where the model gives one a probability of (i to i + 1) / kinds.
+ * slots: of the tokens to come. What `in` and the blocks' sight say of the first line is written over. tokens, probs [deepest, width];
+ * depth: how many lines of them there are then. */
+int few_chain(int64_t *tokens, float *probs, int64_t width, const settings *rows, int64_t deepest, float least, const float *odds,
+              int64_t kinds, const int64_t *slots, int64_t *depth, const ends *e, const block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos,
+              const float *sin, float turn, float scale, float eps) {
+    const sight *see = blocks->sight;
+    const int64_t last = in->wanted[0], position = in->positions[last], context = see->context[last];
+    sizes one = *n;
+    float reach = 1;
+    int failed = few_drafts(tokens, probs, width, rows, 0, e, blocks, count, n, in, cos, sin, turn, scale, eps);
+    one.lines = 1;
+    for (*depth = 1; !failed && *depth < deepest; ++*depth) {
+        const int64_t token = tokens[(*depth - 1) * width];
+        const float prob = probs[(*depth - 1) * width];
+        if (token < 0 || !(prob >= 0)) break; /* there is none, or numbers that are not finite */
+        reach *= odds[prob < 1 ? (int64_t)(prob * (float)kinds) : kinds - 1];
+        if (reach < least) break;
+        const int64_t line[] = {token, position + *depth, slots[*depth - 1], see->line_of[last], context + *depth, -1, 0};
+        const int64_t *const fields[] = {in->ids, in->positions, in->slots, see->line_of, see->context, see->visible, in->wanted};
+        for (int f = 0; f < 7; f++) *(int64_t *)fields[f] = line[f];
+        failed = few_drafts(tokens + *depth * width, probs + *depth * width, width, rows, *depth, e, blocks, count, &one, in, cos, sin,
+                            turn, scale, eps);
+    }
+    return failed;
+}
