@@ -24,7 +24,7 @@ from hf_paged.speculation.verify import Drawing
 from hf_paged.stats import Recorder
 from hf_paged.store import KVStore
 
-MANY, FEW = 16, 4  # steps without drafts, behind which one in so many is measured
+REST = 3  # steps without any speculation behind one in which there was nothing to do
 
 
 class Drafting:
@@ -50,7 +50,8 @@ class Drafting:
         self._plain = False  # whether the latest step held no prompt
         self._before = 0  # drafts of the step before
         self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
-        self._alike = 0  # steps on end without drafts
+        self._rest, self._resting, self._rows = 0, False, 0  # steps left of a rest; whether this is one; its rows
+        self._rested: list[float] = []  # seconds of the latest rest's steps
 
     def speculator(self, config: SpeculationConfig, drafter: Drafter | None = None) -> Speculator | None:
         """The speculator of these settings; None where nothing is to be drafted."""
@@ -113,7 +114,8 @@ class Drafting:
         Args:
             waits: whether rows wait for the places of these. soon: rows that decode once prompts have been read.
         """
-        if not self.speculators:
+        self._nodes = 0
+        if not self.speculators or self._rests(len(work)):
             return work, {}
         self._drafted = sum(drafter.seconds for drafter in self.drafters)
         groups: dict[Speculator, list[PlanRow]] = {}
@@ -125,9 +127,12 @@ class Drafting:
         drawn = sum(planned.count == planned.sequence.pending for planned in work)
         found: dict[PlanRow, Proposal] = {}
         for speculator, rows in groups.items():
+            speculator.rested(len(self._rested))
             made = speculator.propose(rows, tokens, drawn, most - tokens, waits, soon, self._reserve)
             tokens += sum(map(len, made.values()))
             found |= made
+        if groups and not any(speculator.busy for speculator in groups):
+            self._rest = REST
         self._nodes = sum(map(len, found.values()))
         if not found:
             return work, found
@@ -136,6 +141,12 @@ class Drafting:
         # Decodes first, then drafts, then prompts.
         wider.sort(key=lambda planned: 0 if planned.count == 1 else 1 if planned in drafts else 2)
         return wider, drafts
+
+    def _rests(self, rows: int) -> bool:
+        """Whether the step goes without: what there was to do would cost more than comes of it."""
+        self._resting = self._rest > 0 and rows == self._rows
+        self._rest, self._rows = self._rest - 1 if self._resting else 0, rows
+        return self._resting
 
     @staticmethod
     def _with_drafts(planned: PlanRow, proposal: Proposal | None) -> PlanRow:
@@ -159,7 +170,7 @@ class Drafting:
 
     def forwarded(self, work: Rows[PlanRow], tokens: int, seconds: float) -> None:
         """Note what the forward took."""
-        if not self.speculators:
+        if not self.speculators or self._resting:
             return
         seconds = self.measured(seconds)
         behind, self._before = self._plain and self._before, self._nodes
@@ -168,29 +179,26 @@ class Drafting:
         if self._nodes:
             self.verified += 1
             self.verify_seconds += seconds
-        self._alike = 0 if self._nodes or behind else self._alike + 1
         if self._plain:
             if behind and self.cost:
                 self.overhead.note_after(seconds, self.cost.seconds(tokens))
-            if self._counts:
-                self.cost.note(tokens, seconds)
+            self.cost.note(tokens, seconds)
         else:
             self.cost.note_prompt(tokens, seconds)
-
-    @property
-    def _counts(self) -> bool:
-        """Whether the step is measured: of many without drafts every few are."""
-        return self._alike < MANY or self._alike % FEW == 0
 
     def stepped(self, seconds: float, tokens: int) -> None:
         """Note what the step took in all, and how many tokens it gave."""
         self.tidy()
         if not self.speculators:
             return
-        seconds = self.measured(seconds)
+        if self._resting:
+            self._rested.append(seconds)
+            return
+        seconds, rested = self.measured(seconds), self.measured(sum(self._rested))
+        self._rested.clear()
         for speculator in self.speculators.values():
-            speculator.stepped(tokens, seconds if self._plain else 0.0)
-        if self._plain and self._counts:
+            speculator.stepped(tokens, seconds if self._plain else 0.0, rested)
+        if self._plain:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
@@ -18,6 +18,7 @@ from hf_paged.speculation.texts import RowDrafting, Texts
 from hf_paged.speculation.trial import Trial
 
 PACED = 8  # steps of a token each that a row is taken to have made before its first
+OFTEN = 8  # steps between two looks at what rows are worth
 LASTING = 0.99  # of what was expected and taken in the steps before
 
 
@@ -44,11 +45,13 @@ class Speculator:
         self.texts = Texts(config, self.acceptance, suffixes)
         self.tallies: dict[str, Tally] = {}
         self.trial = Trial()
+        self.busy = True  # whether there was anything to do in the latest step
         self._steps = 0
         self._plain = 0.0  # seconds of this step, were it without drafts
         self._drawn = 0  # rows that draw in it
         self._reach, self._taken = 0.0, 0  # drafts of this step that are expected to be taken, and that were
         self._values: dict[PlanRow, float] = {}  # what a token of a row is worth, where that is not 1
+        self._worths: tuple[dict[Row, float], int] = {}, 0  # the same by row, and the step in which they were found
         self._reached, self._took = 0.0, 0.0  # the same of the latest steps
 
     def propose(
@@ -70,10 +73,11 @@ class Speculator:
                 a draft model that does not pay for so many has read prompts in vain.
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
-        self._reach, self._taken, self._plain = 0.0, 0, 0.0
+        self._reach, self._taken, self._plain, self.busy = 0.0, 0, 0.0, True
         self._steps += 1
         asked = self.texts.due(rows, self._steps)
         if budget <= 0 or not (asked or self._drafts):
+            self.busy = budget <= 0
             return {}
         if self.config.adaptive and not self.cost.knows(tokens):
             return {}  # beside steps that are not known any draft would seem to cost nothing
@@ -81,13 +85,14 @@ class Speculator:
         self._drawn, self._plain = drawn, ledger.seconds(0) if ledger is not None else 0.0
         drafts = self._drafts and (ledger is None or self.trial.drafts(soon))
         if not (asked or drafts):
+            self.busy = self.trial.trying
             return {}
         depths = {planned: self._deepest(planned.row, budget) for planned in (rows if drafts else asked)}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths:
             return {}
         closed = ledger is not None and not waits and 1 < drawn == len(rows)
-        self._values = self._valued(rows, ledger) if closed else {}
+        self._values = self._valued(rows, depths, ledger) if closed else {}
         asked = [planned for planned in asked if planned in depths]
         offers = self._looked_up(asked, depths, ledger)
         if drafts:
@@ -123,11 +128,18 @@ class Speculator:
 
     # -- what a token is worth
 
-    def _valued(self, rows: Sequence[PlanRow], ledger: Ledger) -> dict[PlanRow, float]:
-        """What a token of each row is worth, where it is known when they end."""
-        if not all(_ends_by_length(planned.row) for planned in rows):
-            return {}
-        return dict(zip(rows, ledger.values([self._time_left(planned.row) for planned in rows]), strict=True))
+    def _valued(self, rows: Sequence[PlanRow], asked: Iterable[PlanRow], ledger: Ledger) -> dict[PlanRow, float]:
+        """What a token of each row that is asked about is worth, where it is known when all rows end. That changes
+        slowly: it is looked at every few steps."""
+        known, since = self._worths
+        same = len(known) == len(rows) and all(planned.row in known for planned in asked)
+        if not same or self._steps >= since + OFTEN:
+            by_length = all(_ends_by_length(planned.row) for planned in rows)
+            left = [self._time_left(planned.row) for planned in rows] if by_length else []
+            worths = ledger.values(left) if by_length else [1.0] * len(rows)
+            known = {planned.row: worth for planned, worth in zip(rows, worths, strict=True)}
+            self._worths = known, self._steps
+        return {planned: known[planned.row] for planned in asked}
 
     def _time_left(self, row: Row) -> float:
         """Steps until a row ends, if it goes on as it did so far."""
@@ -217,9 +229,18 @@ class Speculator:
         elif self._drawn:
             self.texts.paid(verdict.accepted * self._plain / self._drawn)
 
-    def stepped(self, tokens: int, seconds: float) -> None:
-        """What the whole step made and took; `seconds` of one that computed prompts: 0."""
-        self.texts.stepped(seconds)
+    def rested(self, steps: int) -> None:
+        """So many steps were made without asking."""
+        self._steps += steps
+        self.trial.rested(steps)
+
+    def stepped(self, tokens: int, seconds: float, rested: float = 0.0) -> None:
+        """What the whole step made and took; `seconds` of one that computed prompts: 0.
+
+        Args:
+            rested: seconds of the steps before it, in which nothing was asked.
+        """
+        self.texts.stepped(seconds + rested)
         self._reached = LASTING * self._reached + self._reach
         self._took = LASTING * self._took + self._taken
         if self._plain and self._drawn:

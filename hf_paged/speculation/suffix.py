@@ -11,14 +11,18 @@ from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from hf_paged.kernels.native_chains import chain_op
 from hf_paged.speculation.lookup import LONGEST_MATCH, agreement, continuation, depth_behind, match_kind
 from hf_paged.speculation.proposal import MOST_NODES, Proposal
 
-CONTEXTS = LONG, MIDDLE, SHORT = 6, 2, 1  # tokens that are hashed: places with more in common are looked at first
+CONTEXTS = SHORT, MIDDLE, LONG = 1, 2, 6  # tokens that are hashed: places with more in common are looked at first
 CANDIDATES = 12  # places of a chain that are looked at; of the last one as many more as the others had too few
 SURE = 12  # a match of so many tokens is followed alone; beside shorter ones stands what else was seen
 LEAST_SHARE = 0.03  # of what was counted, to be proposed beside something likelier
 LEAST_REACH = 0.02  # estimate for a draft that the target comes by it, to be proposed
+FEW = 2  # tokens that are taken in sooner than a compiled op is called
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
@@ -46,6 +50,20 @@ class Chain:
         self.before = array("q", [-1]) * size
 
 
+def _slots(tokens: Sequence[int], end: int) -> list[int]:
+    """Hashes of the last one, two and six tokens before `end`, as far as there are so many; `chains.c` has the same."""
+    one = tokens[end - 1] * 0x9E3779B1
+    slots = [one >> 7]
+    if end >= MIDDLE:
+        mixed = one + tokens[end - 2] * 0x85EBCA77
+        slots.append(mixed >> 7)
+        if end >= LONG:
+            for token in (tokens[end - 3], tokens[end - 4], tokens[end - 5], tokens[end - 6]):
+                mixed = (mixed ^ token) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            slots.append(mixed >> 32)
+    return slots
+
+
 class SuffixIndex:
     """Places in texts, chained by the tokens before them.
 
@@ -56,10 +74,14 @@ class SuffixIndex:
     def __init__(self, capacity: int) -> None:
         self.size = 1 << (capacity - 1).bit_length()
         self._mask = self.size - 1
-        self._chains = {length: Chain(self.size) for length in CONTEXTS}
+        self._chains = [Chain(self.size) for _ in CONTEXTS]
+        self._op = chain_op(*([np.frombuffer(part, np.int64) for part in parts] for parts in self._arrays()))
         self._places = array("i", [0]) * self.size  # by entry: index in its text of the token that follows
         self._texts: list[Text | None] = [None] * self.size
         self._count = 0
+
+    def _arrays(self) -> tuple[list[array], list[array]]:
+        return [chain.heads for chain in self._chains], [chain.before for chain in self._chains]
 
     def __len__(self) -> int:
         return min(self._count, self.size)
@@ -70,24 +92,30 @@ class SuffixIndex:
 
     def update(self, text: Text) -> None:
         """Take in what `text` has more than at the last call, but for its last token: what follows it is not known."""
-        tokens, mask = text.tokens, self._mask
-        places, texts, count = self._places, self._texts, self._count
-        long, middle, short = (self._chains[length] for length in CONTEXTS)
-        for at in range(text.read, len(tokens)):
-            here, one = count & mask, tokens[at - 1]
-            slot = one * 0x9E3779B1 >> 7 & mask
-            short.before[here], short.heads[slot] = short.heads[slot], count
-            middle.before[here] = long.before[here] = -1
-            if at >= MIDDLE:
-                pair = one * 0x9E3779B1 + tokens[at - 2] * 0x85EBCA77
-                slot = pair >> 7 & mask
-                middle.before[here], middle.heads[slot] = middle.heads[slot], count
-                if at >= LONG:
-                    slot = hash((pair, tokens[at - 3], tokens[at - 4], tokens[at - 5], tokens[at - 6])) & mask
-                    long.before[here], long.heads[slot] = long.heads[slot], count
-            places[here], texts[here] = at, text
-            count += 1
-        text.read, self._count = max(text.read, len(tokens)), count
+        tokens, begin, end = text.tokens, text.read, len(text.tokens)
+        while begin < end:
+            first = self._count & self._mask
+            most = min(end, begin + self.size - first)  # up to where entries begin anew
+            self._places[first : first + most - begin] = array("i", range(begin, most))
+            self._texts[first : first + most - begin] = [text] * (most - begin)
+            self._chain(tokens, begin, most)
+            self._count += most - begin
+            text.read = begin = most
+
+    def _chain(self, tokens: Sequence[int], begin: int, end: int) -> None:
+        """Entries from the next one on are places `begin` to `end`."""
+        if self._op is not None and end - begin > FEW:
+            first = max(begin - LONG, 0)
+            self._op(tokens[first:end], first, begin, end, self._count)
+            return
+        for at in range(begin, end):
+            here, slots = self._count + at - begin, _slots(tokens, at)
+            for kind, chain in enumerate(self._chains):
+                if kind < len(slots):
+                    slot = slots[kind] & self._mask
+                    chain.before[here & self._mask], chain.heads[slot] = chain.heads[slot], here
+                else:
+                    chain.before[here & self._mask] = -1
 
     def matches(self, text: Text) -> list[tuple[int, Text, int]]:
         """Places with the same tokens before them as the end of `text`: length of the match, text and place."""
@@ -95,22 +123,17 @@ class SuffixIndex:
         if text.following is not None:
             other, behind = text.following
             self._measure(text, other, end + behind, found)
-        for length in CONTEXTS:
+        slots = _slots(tokens, end)
+        for kind in reversed(range(len(slots))):
             if any(match >= SURE for match, _, _ in found):
                 break
-            count = CANDIDATES if length > SHORT else 3 * CANDIDATES - len(found)
-            if end >= length:
-                self._walk(self._chains[length], self._slot(tokens, length), count, text, found)
+            count = CANDIDATES if kind else 3 * CANDIDATES - len(found)
+            self._walk(self._chains[kind], slots[kind] & self._mask, count, text, found)
         if not found:
             return found
         length, other, at = best = max(found, key=lambda entry: entry[0])
         text.following = other, at - end
         return [best] if length >= SURE else list({(id(other), at): (n, other, at) for n, other, at in found}.values())
-
-    def _slot(self, tokens: list[int], length: int) -> int:
-        """Of the chain of places behind the last `length` of `tokens`; `update` has the same written out."""
-        pair = tokens[-1] * 0x9E3779B1 + (tokens[-2] * 0x85EBCA77 if length > SHORT else 0)
-        return (pair >> 7 if length < LONG else hash((pair, *tokens[-3:-7:-1]))) & self._mask
 
     def _walk(self, chain: Chain, slot: int, most: int, text: Text, found: list[tuple[int, Text, int]]) -> None:
         """Add the latest matches of a chain to `found`, `most` at most."""

@@ -17,9 +17,9 @@ from hf_paged.speculation.suffix import SuffixIndex, Text
 # to some times as many as rows draw; rows that wait as long are looked at in the same ones.
 PATIENCE, LEAST_LONGEST = 3, 7
 # Seconds that a look takes, about: into a row's own text, and into all.
-LOOK, LOOK_AT_ALL = 3e-5, 1.5e-4
+LOOK, LOOK_AT_ALL = 6e-5, 4e-4
 # Of the seconds that their drafts save, and of all others, so much may go into looks; at most so many are saved up.
-SAVED, SHARE, PURSE = 0.5, 0.01, 0.02
+SAVED, SHARE, PURSE = 0.2, 0.008, 0.02
 
 
 @dataclass(eq=False)
@@ -69,7 +69,8 @@ class Texts:
         """The rows for which texts are looked at in this step: of those whose time has come as many as can be paid."""
         if self.config.method in ("draft", "layer_skip") or (self.config.adaptive and self.purse < 0):
             return []
-        found = [planned for planned in rows if RowDrafting.of(planned.row, step).until <= step]
+        known = [(planned, planned.row.drafting) for planned in rows]  # of each step's rows: no calls but for those due
+        found = [planned for planned, state in known if state is None or state.until <= step]
         if self.config.adaptive:
             most = 1 + int(self.purse / self._look)
             if len(found) > most:

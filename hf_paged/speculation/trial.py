@@ -19,7 +19,8 @@ KEPT = 48  # steps of a kind that count
 MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, which trials do not show
 SURE = 4  # trials after which what was seen can be relied on
 # Then so many steps without drafts for each that the draft model spent on catching up, of at most so many.
-PAYING, SETTLED, DEAREST = 100, 150, 40
+PAYING, DEAREST = 100, 40
+SETTLED, FARTHER = 150, 10  # the same once that can be relied on: more where drafts cost more than they gained
 STUMBLE = 1.5  # a step counts as so many times the usual one at most
 
 
@@ -66,8 +67,9 @@ class Batch:
     def _rest(self) -> int:
         """Steps until the next trial, after one that found that drafts do not pay."""
         toll = median_low(self.tolls) if self.tolls else 0.0  # one of them may have stumbled
-        sure = self._sure()
-        return max(self.span, int((sure * PAYING if sure < 1 else SETTLED) * min(toll, DEAREST)))
+        sure, worse = self._sure(), max(1 - self.gain(), 0.0)
+        times = sure * PAYING if sure < 1 else SETTLED * (1 + FARTHER * worse)
+        return max(self.span, int(times * min(toll, DEAREST)))
 
     def turn(self) -> None:
         """The next phase."""
@@ -103,15 +105,26 @@ class Trial:
     def __init__(self) -> None:
         self._batches: dict[int, Batch] = {}
         self._now: Batch | None = None
+        self._last: Batch | None = None
 
     def drafts(self, rows: int) -> bool:
         """Whether the next step drafts, of so many rows."""
         size = rows.bit_length()
-        self._now = batch = self._batches.setdefault(size, Batch(TRIED if size < 3 else FEWER))
+        self._now = self._last = batch = self._batches.setdefault(size, Batch(TRIED if size < 3 else FEWER))
         if not batch.left:
             batch.turn()
         batch.left -= 1
         return batch.mode
+
+    @property
+    def trying(self) -> bool:
+        """Whether the step that was asked about is one of a trial."""
+        return self._now is not None and self._now.trying
+
+    def rested(self, steps: int) -> None:
+        """So many steps were made, of the same rows, without asking: none of them drafted."""
+        if self._last is not None and not self._last.mode:
+            self._last.left = max(self._last.left - steps, 0)
 
     def note(self, tokens: float, cost: float) -> None:
         """What the step that was asked about came to.
