@@ -8,6 +8,7 @@ import torch
 
 from hf_paged.kernels import PagedRows, groups, paged_attention, reference
 from hf_paged.kernels.native import native_ops
+from hf_paged.kernels.rows import ALL, TreeMask
 
 pytestmark = pytest.mark.skipif(native_ops() is None, reason="no C compiler: nothing is grouped")
 
@@ -125,3 +126,25 @@ def test_a_prompt_behind_a_prefix_is_one_segment():
 def test_nothing_is_grouped_where_nothing_is_shared():
     rows = PagedRows(4, 2, np.ones(2, np.int64), np.array([9, 7]), np.array([[1, 2, 3], [4, 5, 0]]), torch.zeros(2))
     assert groups.build_groups(rows) is None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_row_alone_has_the_groups_of_many(seed):
+    """What is found for it in fewer steps is what would be found beside another row."""
+    rng = np.random.default_rng(seed)
+    count, past, size = int(rng.integers(1, 40)), int(rng.integers(0, 400)), 16
+    pages = -(-(past + count) // size)
+    table = np.arange(1, pages + 1)[None]
+    lens, context = np.array([count]), np.array([past + count])
+    tree = None
+    if rng.random() < 0.5:
+        visible = np.array([(1 << i) | 1 for i in range(count)]) if rng.random() < 0.7 else np.full(count, ALL)
+        tree = TreeMask(visible, np.full(count, past), np.full(count, past))
+    alone = PagedRows(size, int(count == 1 and tree is None), lens, context, table, torch.zeros(count), tree=tree)
+    got, least = groups.build_groups(alone, 3), 4
+    finder = groups._Finder(alone, least)
+    finder.split([0], 0, 0)
+    wanted = finder.groups() if count >= least and past + count >= groups.LEAST_CAUSAL else None
+    assert (got is None) == (wanted is None)
+    for name in ("own", "segments", "members", "part_start", "parts") if got is not None else ():
+        assert np.array_equal(getattr(got, name), getattr(wanted, name)), name

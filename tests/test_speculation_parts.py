@@ -8,20 +8,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cli_helpers import save_tiny
+from engine_helpers import toy_core
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from hf_paged.drafting import REST
 from hf_paged.integrations.cli.app import app
+from hf_paged.params import SamplingParams
 from hf_paged.speculation.acceptance import Acceptance
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import KNOWN, CostTable
 from hf_paged.speculation.guide import Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, continuation, lookup
 from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
+from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
-from hf_paged.speculation.texts import Texts
+from hf_paged.speculation.texts import LOOK_AT_ALL, Texts
 from hf_paged.speculation.trial import TRIED, Trial
 
 TREE = Proposal((5, 6, 7, 8, 9), (-1, -1, 0, 1, 1), (0,) * 5, (0.5, 0.4, 0.9, 0.5, 0.25), "test")
@@ -282,6 +286,54 @@ def test_texts_of_no_use_are_looked_at_together_and_rarely():
     assert set(looks.values()) == {5} and 12 <= len(looks) <= 13
     texts.put_off(rows, rows, 400, 5)
     assert texts.due(rows, 401) == rows  # what paid once is looked at in the next step
+
+
+def test_looks_of_no_use_take_a_hundredth_of_the_time():
+    rows = [SimpleNamespace(row=SimpleNamespace(drafting=None, output_ids=[1])) for _ in range(8)]
+    texts, looks = Texts(SpeculationConfig(method="auto"), Acceptance(), None), 0
+    for step in range(1, 5001):
+        due = texts.due(rows, step)  # nothing is put off, but for what cannot be paid
+        looks += len(due)
+        texts.stepped(0.002)
+    assert 0.005 < looks * LOOK_AT_ALL / (5000 * 0.002) < 0.012
+    for _ in range(100):
+        texts.paid(0.01)
+    assert len(texts.due(rows, 5001)) == 8
+
+
+def test_where_there_is_nothing_to_do_most_steps_do_not_ask(monkeypatch):
+    core, asked = toy_core(), []
+    propose = Speculator.propose
+    monkeypatch.setattr(Speculator, "propose", lambda self, *rest: asked.append(1) or propose(self, *rest))
+    speculator = core.drafting.speculator(SpeculationConfig(method="lookup"))
+    core.submit([1, 2, 3], SamplingParams(temperature=0, max_tokens=81), seed=0, speculator=speculator)
+    speculator.texts.purse = -1.0
+    while core.has_work:
+        core.step()
+    assert 20 <= len(asked) <= 30 and 76 <= speculator._steps <= 80  # of 80 that decode
+
+
+def test_another_row_ends_a_rest():
+    drafting = toy_core().drafting
+    drafting._rest, drafting._rows = REST, 2
+    assert [drafting._rests(rows) for rows in (2, 2, 3, 3)] == [True, True, False, False]
+    drafting._rest = REST
+    assert [drafting._rests(3) for _ in range(5)] == [True] * REST + [False] * 2
+
+
+def test_compiled_chains_of_places_are_those_of_python():
+    def proposals(compiled):
+        index, rng = SuffixIndex(1 << 9), np.random.default_rng(0)
+        index._op = index._op if compiled else None
+        for length in (1, 2, 5, 7, 300, 40, 900, 3, 60):
+            text = index.open(rng.integers(0, 9, length).tolist(), None)
+            index.update(text)
+            for _ in range(20):
+                text.tokens.append(int(rng.integers(0, 9)))
+                yield index.propose(text, 6, 3)
+        yield [(list(chain.heads), list(chain.before)) for chain in index._chains]
+
+    assert list(proposals(True)) == list(proposals(False))
 
 
 def test_what_drafts_do_to_the_step_behind_them_is_counted():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
-from math import isnan
 from typing import Any
 
 import numpy as np
@@ -19,39 +17,11 @@ from hf_paged.speculation.choose import Chosen, choose
 from hf_paged.speculation.drafter import KINDS, Drafter, kind_of, likelihood
 from hf_paged.speculation.few import FewDrafts
 from hf_paged.speculation.guide import Guide
-from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict, tree_places
+from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
+from hf_paged.speculation.tree import Tree
 from hf_paged.store import KVStore
 
 OFTEN = 16  # chains between two looks at what drafts are worth
-
-
-@dataclass(eq=False)
-class Tree:
-    """Drafts of one row in the making. Frontier: those whose children come next, one after another; -1 for the row's
-    last token. `fed`: those whose KV the draft model has computed."""
-
-    planned: PlanRow
-    deepest: int
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    kinds: list[int] = field(default_factory=list)
-    odds: list[float] = field(default_factory=list)
-    reach: list[float] = field(default_factory=list)
-    frontier: list[int] = field(default_factory=lambda: [-1])
-    fed: set[int] = field(default_factory=set)
-
-    @property
-    def branches(self) -> bool:
-        """Whether two drafts follow the same token."""
-        return self.parents != list(range(-1, len(self.parents) - 1))
-
-    def path(self, node: int) -> list[int]:
-        """Tokens from the row's last one to `node`."""
-        path = []
-        while node >= 0:
-            path.append(self.tokens[node])
-            node = self.parents[node]
-        return path[::-1]
 
 
 class DraftModel(Drafter):
@@ -180,11 +150,13 @@ class DraftModel(Drafter):
             self._mark(tree.planned, known, computed + 1)
             beside, least, reach = [], guide.least(), guide.value(tree.planned)
             for at in range(depth):
-                grown = self._children(tree, at - 1, reach, tokens[at], probs[at], guide, at + 1)
-                self._add(tree, grown[:1], guide)
+                grown = tree.children(at - 1, reach, tokens[at], probs[at], guide, at + 1)
+                if not grown:  # no token is allowed there
+                    break
+                tree.add(grown[:1], guide)
                 beside += [entry for entry in grown[1:] if entry[0] >= least]
                 reach = tree.reach[-1]
-            self._add(tree, beside[: MOST_NODES - depth], guide)
+            tree.add(beside, guide)
         self._note_chain(computed + 1 - known, depth, self.seconds - before)
 
     def _usual_odds(self, guide: Guide) -> np.ndarray:
@@ -246,36 +218,11 @@ class DraftModel(Drafter):
             grown = []
             for node in tree.frontier:
                 reach = tree.reach[node] if node >= 0 else guide.value(tree.planned)
-                grown += self._children(tree, node, reach, tokens[at], probs[at], guide, depth)
+                grown += tree.children(node, reach, tokens[at], probs[at], guide, depth)
                 at += 1
             grown.sort(key=lambda entry: -entry[0])
             grown = [entry for entry in grown[: guide.width] if entry[0] >= least]
-            self._add(tree, grown[: MOST_NODES - len(tree.tokens)], guide)
-
-    @staticmethod
-    def _children(
-        tree: Tree, node: int, reach: float, tokens: list[int], probs: list[float], guide: Guide, depth: int
-    ) -> list[tuple]:
-        """Drafts behind `node`, which is reached so often: reach, parent, token, kind and odds of each."""
-        grown = []
-        for rank, (token, prob) in enumerate(zip(tokens, probs, strict=True)):
-            if isnan(prob):
-                raise FloatingPointError("the draft model's logits hold NaN")
-            if prob >= guide.threshold:
-                kind = kind_of(prob, rank)
-                odds = guide.odds(tree.planned, kind, depth, likelihood(prob, rank))
-                grown.append((reach * odds, node, token, kind, odds))
-        return grown
-
-    def _add(self, tree: Tree, grown: list[tuple], guide: Guide) -> None:
-        tree.frontier = list(range(len(tree.tokens), len(tree.tokens) + len(grown)))
-        for reach, parent, token, kind, odds in grown:
-            tree.tokens.append(token)
-            tree.parents.append(parent)
-            tree.kinds.append(kind)
-            tree.odds.append(odds)
-            tree.reach.append(reach)
-        guide.add([entry[0] for entry in grown])
+            tree.add(grown, guide)
 
     def settle(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
         """Drafts that were taken and lie in their places are known; `computed` tokens of the row were, before."""

@@ -17,7 +17,7 @@ from hf_paged.plan import StepPlan, page_table
 from hf_paged.speculation.proposal import MOST_NODES, tree_places
 
 if TYPE_CHECKING:
-    from hf_paged.speculation.draft_model import Tree
+    from hf_paged.speculation.tree import Tree
 
 
 class FewDrafts:

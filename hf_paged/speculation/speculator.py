@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
@@ -16,9 +16,8 @@ from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
 from hf_paged.speculation.texts import RowDrafting, Texts
 from hf_paged.speculation.trial import Trial
+from hf_paged.speculation.worth import Worths, left
 
-PACED = 8  # steps of a token each that a row is taken to have made before its first
-OFTEN = 8  # steps between two looks at what rows are worth
 LASTING = 0.99  # of what was expected and taken in the steps before
 
 
@@ -51,7 +50,7 @@ class Speculator:
         self._drawn = 0  # rows that draw in it
         self._reach, self._taken = 0.0, 0  # drafts of this step that are expected to be taken, and that were
         self._values: dict[PlanRow, float] = {}  # what a token of a row is worth, where that is not 1
-        self._worths: tuple[dict[Row, float], int] = {}, 0  # the same by row, and the step in which they were found
+        self._worths = Worths()
         self._reached, self._took = 0.0, 0.0  # the same of the latest steps
 
     def propose(
@@ -92,7 +91,7 @@ class Speculator:
         if not depths:
             return {}
         closed = ledger is not None and not waits and 1 < drawn == len(rows)
-        self._values = self._valued(rows, depths, ledger) if closed else {}
+        self._values = self._worths.of(rows, depths, ledger, self._steps) if closed else {}
         asked = [planned for planned in asked if planned in depths]
         offers = self._looked_up(asked, depths, ledger)
         if drafts:
@@ -107,7 +106,7 @@ class Speculator:
 
     def _deepest(self, row: Row, budget: int) -> int:
         """Drafts one behind another that can be of use: the last token of a row is drawn behind the last of them."""
-        return min(self.config.deepest_of_texts, _left(row) - 1, budget)
+        return min(self.config.deepest_of_texts, left(row) - 1, budget)
 
     @property
     def _drafts(self) -> bool:
@@ -125,26 +124,6 @@ class Speculator:
             if offer is not None:
                 offers[planned] = offer
         return offers
-
-    # -- what a token is worth
-
-    def _valued(self, rows: Sequence[PlanRow], asked: Iterable[PlanRow], ledger: Ledger) -> dict[PlanRow, float]:
-        """What a token of each row that is asked about is worth, where it is known when all rows end. That changes
-        slowly: it is looked at every few steps."""
-        known, since = self._worths
-        same = len(known) == len(rows) and all(planned.row in known for planned in asked)
-        if not same or self._steps >= since + OFTEN:
-            by_length = all(_ends_by_length(planned.row) for planned in rows)
-            left = [self._time_left(planned.row) for planned in rows] if by_length else []
-            worths = ledger.values(left) if by_length else [1.0] * len(rows)
-            known = {planned.row: worth for planned, worth in zip(rows, worths, strict=True)}
-            self._worths = known, self._steps
-        return {planned: known[planned.row] for planned in asked}
-
-    def _time_left(self, row: Row) -> float:
-        """Steps until a row ends, if it goes on as it did so far."""
-        pace = (len(row.output_ids) + PACED) / (self._steps - self._state(row).begun + PACED)
-        return _left(row) / pace
 
     def _value(self, planned: PlanRow) -> float:
         return self._values.get(planned, 1.0)
@@ -252,18 +231,6 @@ class Speculator:
         """A row has ended: what it wrote is known to the suffix index."""
         if row.drafting is not None and row.drafting.text is not None:
             self.suffixes.update(row.drafting.text)
-
-
-def _left(row: Row) -> int:
-    return row.request.max_tokens - len(row.output_ids)
-
-
-def _ends_by_length(row: Row) -> bool:
-    """Whether it is known how many tokens a row will have."""
-    params = row.request.params
-    if params.min_tokens >= row.request.max_tokens:
-        return True
-    return not (row.sampling.eos_ids or params.stop_token_ids or params.stop or row.hooks.stop)
 
 
 def _reach(proposal: Proposal | None) -> list[float]:

@@ -118,8 +118,8 @@ class Trial:
 
     @property
     def trying(self) -> bool:
-        """Whether the step that was asked about is one of a trial."""
-        return self._now is not None and self._now.trying
+        """Whether the step that was asked about is one of a trial, or comes before the first."""
+        return self._now is not None and (self._now.trying or not self._now.seen[True])
 
     def rested(self, steps: int) -> None:
         """So many steps were made, of the same rows, without asking: none of them drafted."""
