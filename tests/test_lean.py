@@ -145,3 +145,40 @@ def test_weights_that_do_not_lie_in_lines(monkeypatch):
         assert tokens(engine) == before
         run = engine.forward.run
         assert run.blocks is None or not run.blocks.fit(run)
+
+
+def test_the_forward_is_made_anew_only_where_the_model_changed():
+    model = make("llama")
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        first, known = engine.forward.run, engine.validity.known
+        tokens(engine)
+        assert engine.forward.run is first and engine.validity.known is known
+        layer = model.model.layers[1].mlp.up_proj
+        for hang in (layer.register_full_backward_hook, layer.register_forward_pre_hook):
+            handle = hang(lambda *given: None)
+            tokens(engine)
+            assert not isinstance(engine.forward.run, lean.LeanForward)  # its own forward runs, with the hook
+            handle.remove()
+            tokens(engine)
+            assert isinstance(engine.forward.run, lean.LeanForward)
+        model.config.rms_norm_eps *= 2  # whatever it is for
+        second = engine.forward.run
+        tokens(engine)
+        assert engine.forward.run is not second
+
+
+def test_what_the_samples_of_an_unchanged_model_do_not_see():
+    """A new tensor behind an old parameter, a parameter of the same numbers, and numbers that were changed in place."""
+    model = make("llama")
+    weight = model.model.layers[0].self_attn.k_proj
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        tokens(engine)
+        for change in (
+            lambda: setattr(weight.weight, "data", weight.weight.data.clone()),
+            lambda: setattr(weight, "weight", torch.nn.Parameter(weight.weight.detach().clone())),
+            lambda: weight.weight.data.mul_(-1.5),
+        ):
+            known = engine.validity.known
+            change()
+            assert tokens(engine) == alone(model) and engine.validity.known is not known
