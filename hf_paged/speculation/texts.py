@@ -16,8 +16,8 @@ from hf_paged.speculation.suffix import SuffixIndex, Text
 # A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps, up
 # to some times as many as rows draw; rows that wait as long are looked at in the same ones.
 PATIENCE, LEAST_LONGEST = 3, 7
-# Seconds that a look takes, about: into a row's own text, and into all.
-LOOK, LOOK_AT_ALL = 6e-5, 4e-4
+# Seconds that looks take, about, in one step: the first and each further one, into a row's own text, and into all.
+LOOKS, LOOKS_AT_ALL = (6e-5, 2e-5), (4e-4, 1.2e-4)
 # Of the seconds that their drafts save, and of all others, so much may go into looks; at most so many are saved up.
 SAVED, SHARE, PURSE = 0.2, 0.008, 0.02
 
@@ -63,19 +63,18 @@ class Texts:
 
     def __init__(self, config: SpeculationConfig, acceptance: Acceptance, suffixes: SuffixIndex | None) -> None:
         self.config, self.acceptance, self.suffixes = config, acceptance, suffixes
-        self.purse, self._look = PURSE, LOOK if config.method == "lookup" else LOOK_AT_ALL
+        self.purse, self._looks = PURSE, LOOKS if config.method == "lookup" else LOOKS_AT_ALL
 
     def due(self, rows: Sequence[PlanRow], step: int) -> list[PlanRow]:
-        """The rows for which texts are looked at in this step: of those whose time has come as many as can be paid."""
+        """The rows for which texts are looked at in this step: all whose time has come, if that can be paid. Drafts of
+        many rows may pay where those of one do not."""
         if self.config.method in ("draft", "layer_skip") or (self.config.adaptive and self.purse < 0):
             return []
         known = [(planned, planned.row.drafting) for planned in rows]  # of each step's rows: no calls but for those due
         found = [planned for planned, state in known if state is None or state.until <= step]
-        if self.config.adaptive:
-            most = 1 + int(self.purse / self._look)
-            if len(found) > most:
-                found = sorted(found, key=lambda planned: RowDrafting.of(planned.row, step).misses)[:most]
-            self.purse -= self._look * len(found)
+        if self.config.adaptive and found:
+            first, further = self._looks
+            self.purse -= first + further * (len(found) - 1)
         return found
 
     def stepped(self, seconds: float) -> None:
