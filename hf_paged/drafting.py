@@ -194,7 +194,7 @@ class Drafting:
         if self._resting:
             self._rested.append(seconds)
             return
-        seconds, rested = self.measured(seconds), self.measured(sum(self._rested))
+        seconds, rested = self.measured(seconds), self.measured(sum(self._rested)) if self._rested else 0.0
         self._rested.clear()
         for speculator in self.speculators.values():
             speculator.stepped(tokens, seconds if self._plain else 0.0, rested)

@@ -181,7 +181,7 @@ def _take_largest(
 def _largest(scores: torch.Tensor) -> tuple[list[float], list[int]]:
     """The largest of each row, NaN where there is one, and the first place where it stands."""
     if scores.device.type == "cpu" and scores.numel() <= FEW_SCORES:
-        array = scores.numpy()
+        array = (scores.detach() if scores.requires_grad else scores).numpy()  # a processor may give its parameter
         ids = array.argmax(axis=1).tolist()
         return [array.item(row, token) for row, token in enumerate(ids)], ids
     tops, ids = scores.max(dim=1)

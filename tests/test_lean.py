@@ -182,3 +182,17 @@ def test_what_the_samples_of_an_unchanged_model_do_not_see():
             known = engine.validity.known
             change()
             assert tokens(engine) == alone(model) and engine.validity.known is not known
+
+
+def test_a_weight_in_pieces_is_not_looked_at_where_its_copy_was():
+    model = make("llama")
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight.data = layer.weight.data.t().contiguous().t()
+    with Engine(model, num_pages=64, page_size=4) as engine:
+        engine.submit([3, 5, 8], GREEDY)
+        engine.step()
+        assert engine.validity.known.many is None and engine.validity.known.few.held
+        assert not engine.validity.step()
+        assert tokens(engine) == alone(model)
+        layer.weight.data.mul_(-1.5)
+        assert tokens(engine) == alone(model)

@@ -75,13 +75,11 @@ class SuffixIndex:
         self.size = 1 << (capacity - 1).bit_length()
         self._mask = self.size - 1
         self._chains = [Chain(self.size) for _ in CONTEXTS]
-        self._op = chain_op(*([np.frombuffer(part, np.int64) for part in parts] for parts in self._arrays()))
+        heads, before = ([getattr(chain, name) for chain in self._chains] for name in ("heads", "before"))
+        self._op = chain_op(*([np.frombuffer(part, np.int64) for part in parts] for parts in (heads, before)))
         self._places = array("i", [0]) * self.size  # by entry: index in its text of the token that follows
         self._texts: list[Text | None] = [None] * self.size
         self._count = 0
-
-    def _arrays(self) -> tuple[list[array], list[array]]:
-        return [chain.heads for chain in self._chains], [chain.before for chain in self._chains]
 
     def __len__(self) -> int:
         return min(self._count, self.size)

@@ -29,6 +29,7 @@ class RowDrafting:
     Attributes:
         begun: the step in which it began, had it made a token a step before it was seen.
         records: by proposer.
+        worth: what a token of it was worth at the last look, see `Worths`.
         until: the step in which texts are looked at again. misses: times on end that they were of no use.
     """
 
@@ -36,6 +37,7 @@ class RowDrafting:
     records: dict[str, RowRecord] = field(default_factory=dict)
     ngrams: NgramIndex | None = None
     text: Text | None = None
+    worth: float | None = None
     until: int = 0
     misses: int = 0
 

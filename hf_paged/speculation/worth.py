@@ -17,19 +17,19 @@ class Worths:
     """What tokens of rows are worth, over what one is on average; that changes slowly."""
 
     def __init__(self) -> None:
-        self._known: dict[Row, float] = {}
-        self._since = 0
+        self._rows = self._since = 0
 
     def of(self, rows: Sequence[PlanRow], asked: Iterable[PlanRow], ledger: Ledger, step: int) -> dict[PlanRow, float]:
         """For those of `rows` that are asked about; 1 for all where it is not known when each row ends."""
-        same = len(self._known) == len(rows) and all(planned.row in self._known for planned in asked)
+        same = self._rows == len(rows) and None not in [RowDrafting.of(p.row, step).worth for p in asked]
         if not same or step >= self._since + OFTEN:
             by_length = all(_ends_by_length(planned.row) for planned in rows)
             steps = [_steps_left(planned.row, step) for planned in rows] if by_length else []
             worths = ledger.values(steps) if by_length else [1.0] * len(rows)
-            self._known = {planned.row: worth for planned, worth in zip(rows, worths, strict=True)}
-            self._since = step
-        return {planned: self._known[planned.row] for planned in asked}
+            for planned, worth in zip(rows, worths, strict=True):  # on the row, which nobody keeps for it
+                RowDrafting.of(planned.row, step).worth = worth
+            self._rows, self._since = len(rows), step
+        return {planned: RowDrafting.of(planned.row, step).worth for planned in asked}
 
 
 def left(row: Row) -> int:

@@ -48,9 +48,10 @@ class Fingerprint:
         self._addresses = [address for _, (address, *_) in self.places]
         views, copies = _numbers(tensors, samples)
         self.sampled = _read([*(view.numpy() for view in views), *(copy.numpy() for copy in copies)])
-        # Numbers that lie in pieces or on a GPU were copied: what is seen of them now is not what they will be.
+        # Numbers that lie in pieces or on a GPU were copied: their addresses are nobody's once these views are gone.
         in_sight = self._plain and not copies and all(t.is_contiguous() for t in tensors)
-        self.many, self.few = Samples(views, samples) if in_sight else None, Samples(views, STEP_SAMPLES)
+        self.many = Samples(views, samples, hold=False) if in_sight else None
+        self.few = Samples(views, STEP_SAMPLES, hold=not in_sight)
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, Fingerprint) and self.places == other.places

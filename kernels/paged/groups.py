@@ -113,7 +113,7 @@ class _Finder:
         part = self.table[at, page:least]
         unlike = (part != part[0]).any(0).tolist()
         shared = page + (unlike.index(True) if True in unlike else len(unlike))
-        begin = self._segment(rows, begin, shared * self.size)
+        begin = self._segment(rows, begin, shared * self.size, LEAST_SLOTS)
         branches: dict[int, list[int]] = {}
         for row, pages, next_page in zip(rows, full.tolist(), self._pages(at, shared), strict=True):
             branches.setdefault(next_page if pages > shared else -row, []).append(row)
@@ -136,10 +136,10 @@ class _Finder:
         self._note(row, begin, before + count, queries, 1)
         self.own[queries] = before + np.arange(1, count + 1)
 
-    def _segment(self, rows: list[int], begin: int, end: int, slots: int | None = None) -> int:
-        """Slots `begin` to `end` for all queries of `rows`, if there are enough. Returns the first in no segment."""
+    def _segment(self, rows: list[int], begin: int, end: int, least: int) -> int:
+        """Slots `begin` to `end` for all queries of `rows`, if there are `least`. Returns the first in no segment."""
         first, lens = self.start[rows], self.lens[rows]
-        if end - begin < (LEAST_SLOTS if slots is None else slots) or lens.sum() < self.least:
+        if end - begin < least or lens.sum() < self.least:
             return begin
         ends = lens.cumsum()
         # Of each row its first query and those after it.

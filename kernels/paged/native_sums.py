@@ -35,12 +35,15 @@ def _sum(numbers: torch.Tensor, every: int, turn: int) -> int:
 class Samples:
     """Some numbers of each of `views`, one-dimensional, to be compared with what they are now.
 
+    Args:
+        hold: False: go by addresses alone where that is possible.
+
     Attributes:
         held: what keeps the numbers where they are; empty if `same` goes by addresses alone: who asks sees to it then
             that nothing there was freed.
     """
 
-    def __init__(self, views: Sequence[torch.Tensor], count: int) -> None:
+    def __init__(self, views: Sequence[torch.Tensor], count: int, hold: bool = True) -> None:
         self.held = [view[:: max(len(view) // count, 1)] for view in views]
         ops = native_ops()
         self._run = None if ops is None else ops.library.same_numbers
@@ -53,7 +56,8 @@ class Samples:
         )
         index = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         self._at = np.repeat(firsts, counts) + np.repeat(steps * sizes, counts) * index
-        self._sizes, self._kept, self.held = np.repeat(sizes, counts), np.zeros(len(index), np.uint64), []
+        self._sizes, self._kept = np.repeat(sizes, counts), np.zeros(len(index), np.uint64)
+        self.held = self.held if hold else []
         self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
         self._places = address(self._at), address(self._sizes), address(self._kept), len(index)
         self._run(*self._places, 1)

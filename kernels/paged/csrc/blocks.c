@@ -231,8 +231,8 @@ int few_drafts(int64_t *tokens, float *probs, int64_t width, const settings *row
  * slots: of the tokens to come. What `in` and the blocks' sight say of the first line is written over. tokens, probs [deepest, width];
  * depth: how many lines of them there are then. */
 int few_chain(int64_t *tokens, float *probs, int64_t width, const settings *rows, int64_t deepest, float least, const float *odds,
-              int64_t kinds, const int64_t *slots, int64_t *depth, const ends *e, const block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos,
-              const float *sin, float turn, float scale, float eps) {
+              int64_t kinds, const int64_t *slots, int64_t *depth, const ends *e, const block *blocks, int64_t count, const sizes *n,
+              const inputs *in, const float *cos, const float *sin, float turn, float scale, float eps) {
     const sight *see = blocks->sight;
     const int64_t last = in->wanted[0], position = in->positions[last], context = see->context[last];
     sizes one = *n;
@@ -243,7 +243,8 @@ int few_chain(int64_t *tokens, float *probs, int64_t width, const settings *rows
         const int64_t token = tokens[(*depth - 1) * width];
         const float prob = probs[(*depth - 1) * width];
         if (token < 0 || !(prob >= 0)) break; /* there is none, or numbers that are not finite */
-        reach *= odds[prob < 1 ? (int64_t)(prob * (float)kinds) : kinds - 1];
+        const int64_t kind = (int64_t)(prob * (float)kinds);
+        reach *= odds[kind < kinds ? kind : kinds - 1];
         if (reach < least) break;
         const int64_t line[] = {token, position + *depth, slots[*depth - 1], see->line_of[last], context + *depth, -1, 0};
         const int64_t *const fields[] = {in->ids, in->positions, in->slots, see->line_of, see->context, see->visible, in->wanted};
