@@ -11,7 +11,6 @@ import torch
 from hf_paged.memory import Memory, OutOfPages, PageCopy
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
-from hf_paged.sequence import Sequence
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.drafter import Drafter
@@ -226,27 +225,23 @@ class Drafting:
 
     def _clean(self, judged: list[tuple[PlanRow, Drawing]], logits: torch.Tensor, sound: bool) -> None:
         """Move KV of taken branches into place; put zeros where drafts left numbers that are not finite."""
-        sources, targets, bad, at = [], [], [], 0
+        sources, targets, bad, at, size = [], [], [], 0, self.memory.page_size
         lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
         finite = [True] * len(lines) if sound else logits[lines].amax(1).isfinite().tolist()
         for planned, drawing in judged:
             sequence, first = planned.sequence, planned.span.first + 1
             for node in range(len(drawing.proposal)):
                 if not finite[at + 1 + node]:
-                    bad.append(self._slot(sequence, first + node))
+                    bad.append(sequence.slot(first + node, size))
             at += 1 + len(drawing.proposal)
             for place, node in enumerate(drawing.path):
                 if place != node:
-                    sources.append(self._slot(sequence, first + node))
-                    targets.append(self._slot(sequence, first + place))
+                    sources.append(sequence.slot(first + node, size))
+                    targets.append(sequence.slot(first + place, size))
         if bad:
             self.store.clear(np.array(bad))
         if sources:
             self.store.move(np.array(sources), np.array(targets))
-
-    def _slot(self, sequence: Sequence, place: int) -> int:
-        size = self.memory.page_size
-        return sequence.pages[place // size] * size + place % size
 
     def stats(self, recorder: Recorder) -> SpeculationStats:
         """What became of all drafts; `recorder` knows the rest of the time."""

@@ -35,3 +35,7 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are known and not computed."""
         return len(self.tokens) - self.computed
+
+    def slot(self, place: int, page_size: int) -> int:
+        """Where KV of the token at `place` lies among all slots of the pool."""
+        return self.pages[place // page_size] * page_size + place % page_size

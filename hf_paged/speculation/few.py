@@ -67,10 +67,8 @@ class FewDrafts:
     def behind_known(self, known: Sequence[int], width: int) -> Chosen:
         """What comes behind the last token of every row, of which so many tokens are known; the others are computed."""
         lines, wanted = [], []
-        for number, (tree, begin) in enumerate(zip(self._trees, known, strict=True)):
-            sequence = tree.planned.sequence
-            for place in range(begin, sequence.computed + 1):
-                lines.append(self._line(number, sequence.tokens[place], place, place, ALL))
+        for number, begin in enumerate(known):
+            lines += self._unknown(number, begin)
             wanted.append(len(lines) - 1)
         return self._chosen(lines, wanted, 0, width)
 
@@ -79,9 +77,8 @@ class FewDrafts:
         `NativeDrafts.chain`. Slots of all but the deepest are there."""
         sequence = self._trees[0].planned.sequence
         start = sequence.computed + 1
-        lines = [self._line(0, sequence.tokens[place], place, place, ALL) for place in range(known, start)]
-        slots = [self._slot(sequence, place) for place in range(start, start + deepest - 1)]
-        return self.op.chain(lines, page_table([sequence]), slots, width, odds, least)
+        slots = [sequence.slot(place, self._size) for place in range(start, start + deepest - 1)]
+        return self.op.chain(self._unknown(0, known), page_table([sequence]), slots, width, odds, least)
 
     def behind_frontier(self, trees: Sequence[Tree], depth: int, width: int) -> Chosen:
         """What comes behind the frontiers of `trees`, at `depth`."""
@@ -96,12 +93,15 @@ class FewDrafts:
             tree.fed.update(tree.frontier)
         return self._chosen(lines, range(len(lines)), depth - 1, width)
 
+    def _unknown(self, number: int, begin: int) -> list[Line]:
+        """A row's tokens from place `begin` on, its last one included."""
+        sequence = self._trees[number].planned.sequence
+        places = range(begin, sequence.computed + 1)
+        return [self._line(number, sequence.tokens[place], place, place, ALL) for place in places]
+
     def _line(self, number: int, token: int, position: int, place: int, visible: int) -> Line:
         sequence = self._trees[number].planned.sequence
-        return token, position, self._slot(sequence, place), number, place + 1, visible, sequence.computed
-
-    def _slot(self, sequence: Sequence, place: int) -> int:
-        return sequence.pages[place // self._size] * self._size + place % self._size
+        return token, position, sequence.slot(place, self._size), number, place + 1, visible, sequence.computed
 
     def _chosen(self, lines: Sequence[Line], wanted: Sequence[int], ahead: int, width: int) -> Chosen:
         table = page_table([tree.planned.sequence for tree in self._trees])
