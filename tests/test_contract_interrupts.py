@@ -87,17 +87,18 @@ def test_one_calls_exception_leaves_another_call_alone(model):
 OURS = {str(Path(hf_paged.__file__).parent), str(Path(sys.modules[LeanForward.__module__].__file__).parent)}
 
 
-def interrupted_at(count, function):
+def interrupted_at(count, function, within=""):
     """Call `function`, with a KeyboardInterrupt where the `count`-th signal could come in our code.
 
     Python looks for signals when a function begins, and behind each call: a profiler is told of both. Returns whether
-    there were that many places.
+    there were that many places, in functions of that name if one is given.
     """
     left = count
 
     def profile(frame, event, argument):
         nonlocal left
-        if event in ("call", "c_return") and any(frame.f_code.co_filename.startswith(place) for place in OURS):
+        code = frame.f_code
+        if event in ("call", "c_return") and within in code.co_name and code.co_filename.startswith(tuple(OURS)):
             left -= 1
             if not left:
                 sys.setprofile(None)
@@ -127,6 +128,17 @@ def test_interrupts_anywhere(model, batch):
         if count % 4 == 0:
             assert generate(model, batch, **settings).tolist() == wanted, count
     assert generate(model, batch, **settings).tolist() == wanted
+
+
+@pytest.mark.parametrize("within", ["__enter__", "_change", "__exit__", "_restore"])
+def test_interrupts_while_the_model_is_changed_and_restored(batch, within):
+    model = tiny_neox()
+    generate(model, batch)
+    before = as_found(model)
+    for count in range(1, 10):
+        assert interrupted_at(count, lambda: generate(model, batch), within)
+        assert as_found(model) == before, count
+        assert_clean(model)
 
 
 @pytest.mark.parametrize("place", ["the engine", "its core", "its tree"])

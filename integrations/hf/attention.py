@@ -105,25 +105,19 @@ def switch_lock(model: nn.Module) -> threading.RLock:
 
 
 class Evaluation(Momentary):
-    """The model's modules in evaluation mode, also as a context."""
+    """The model's modules in evaluation mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = modules_of(model)
         self.training = [module for module in self.modules if module.training]
 
-    def on(self) -> None:
+    def _change(self) -> None:
         for module in self.training:
             module.training = False
 
     def _restore(self) -> None:
         for module in self.training:
             module.training = True
-
-    def __enter__(self) -> None:
-        self.on()
-
-    def __exit__(self, *exc: object) -> None:
-        self.off()
 
 
 class Switch(Evaluation):
@@ -134,11 +128,11 @@ class Switch(Evaluation):
         self.step, self.outer = step, running.step
         self.before = [(config, config._attn_implementation_internal) for config in configs_of(self.modules)]
 
-    def on(self) -> None:
+    def _change(self) -> None:
         for config, implementation in self.before:
             config._attn_implementation_internal = _register((implementation or "eager").removeprefix(PREFIX))
         running.step = self.step
-        super().on()
+        super()._change()
 
     def _restore(self) -> None:
         for config, implementation in self.before:
@@ -171,23 +165,18 @@ class ModuleForward:
         tokens, wanted = plan.token_ids[None], plan.logits_at
         if self.compiled is not None and len(wanted) < 2:  # none and one would be a graph each
             wanted = wanted.repeat(2) if len(wanted) else tokens.new_zeros(2)
-        with switch_lock(model):
-            switch = Switch(model, (self.store, plan, self.windows))
-            try:
-                switch.on()
-                inputs = dict(
-                    input_ids=tokens,
-                    position_ids=plan.positions[None],
-                    # With four axes it is taken as made: modelling code makes none.
-                    attention_mask=tokens.new_zeros(1, 1, 1, 1),
-                    past_key_values=StepCache(len(self.store.layers)),
-                    use_cache=True,
-                    logits_to_keep=wanted,
-                    return_dict=True,
-                )
-                out = model(**inputs) if self.compiled is None else self.compiled(model, inputs)
-            finally:
-                switch.off()
+        with switch_lock(model), Switch(model, (self.store, plan, self.windows)) as moment, moment:
+            inputs = dict(
+                input_ids=tokens,
+                position_ids=plan.positions[None],
+                # With four axes it is taken as made: modelling code makes none.
+                attention_mask=tokens.new_zeros(1, 1, 1, 1),
+                past_key_values=StepCache(len(self.store.layers)),
+                use_cache=True,
+                logits_to_keep=wanted,
+                return_dict=True,
+            )
+            out = model(**inputs) if self.compiled is None else self.compiled(model, inputs)
         logits = out.logits[0]
         if logits.shape[0] != len(wanted):  # a model that takes only a count
             logits = logits[wanted]

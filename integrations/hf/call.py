@@ -47,6 +47,7 @@ class Call:
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     kv: dict[Row, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    lockstep: Lockstep | None = None
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call."""

@@ -50,7 +50,7 @@ class Replaced(Momentary):
     def __init__(self, blocks: Sequence[nn.Module], run: Callable[..., Any]) -> None:
         self.blocks, self._run = blocks, run
 
-    def on(self) -> None:
+    def _change(self) -> None:
         for block in self.blocks:
             block.forward = BlockForward(block, self._run)
 
@@ -95,11 +95,7 @@ class CompiledCall:
         blocks = blocks_of(model, self.layers)
         if not blocks:
             return self._run(model, (), inputs)
-        replaced = Replaced(blocks, self._run)
-        try:
-            replaced.on()
-            # Numbers that tell blocks apart (`layer_idx`) are inputs of their graph.
-            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=MOST_GRAPHS):
-                return model(**inputs)
-        finally:
-            replaced.off()
+        # Numbers that tell blocks apart (`layer_idx`) are inputs of their graph.
+        patch = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=MOST_GRAPHS)
+        with patch, Replaced(blocks, self._run) as moment, moment:
+            return model(**inputs)

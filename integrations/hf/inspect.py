@@ -60,7 +60,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
             raise CannotDrive(f"it has a {name} of its own")
     embedding = model.get_input_embeddings()
     try:
-        with switch_lock(model), torch.no_grad(), Evaluation(model):
+        with switch_lock(model), torch.no_grad(), Evaluation(model) as moment, moment:
             ids = torch.zeros(1, 2, dtype=torch.long, device=embedding.weight.device)
             cache = getattr(model(input_ids=ids, use_cache=True, return_dict=True), "past_key_values", None)
     except Exception as error:  # it may need more than token ids; if it is broken, its caller will be told
@@ -201,7 +201,7 @@ def verify_forward(model: nn.Module, facts: ModelFacts) -> None:
     except Exception as error:
         raise CannotDrive(f"its code does not work on pages ({type(error).__name__}: {error})") from error
     _check_windows(config, getattr(forward.run, "windows", {}))
-    with switch_lock(model), torch.no_grad(), Evaluation(model):
+    with switch_lock(model), torch.no_grad(), Evaluation(model) as moment, moment:
         for i, row in enumerate(rows):
             ids = torch.tensor([row], device=facts.device)
             own = model(input_ids=ids, return_dict=True).logits[0, -2:].float()

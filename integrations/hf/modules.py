@@ -4,29 +4,35 @@ small model."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 
 class Momentary:
-    """What is changed in a model for a moment: `on`, and always `off` afterwards.
+    """What is changed in a model for a moment. Entered twice: `with Replaced(...) as moment, moment:`.
 
-    Not a context manager made of a generator: an interrupt between its parts would leave the model changed.
+    An interrupt can come as an exit begins, and anywhere in it: then the other exit restores all. So too where the
+    inner entry is interrupted, which alone changes anything.
     """
 
-    def on(self) -> None:
+    _held = False
+
+    def __enter__(self) -> Self:
+        if self._held:
+            self._change()
+        self._held = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def _change(self) -> None:
         raise NotImplementedError
 
-    def off(self) -> None:
-        """All as it was, even if an interrupt comes in the middle of this."""
-        try:
-            self._restore()
-        finally:
-            self._restore()
-
     def _restore(self) -> None:
+        """All as it was, however much of it was changed."""
         raise NotImplementedError
 
 
