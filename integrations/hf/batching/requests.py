@@ -100,28 +100,36 @@ class Job:
         for state, row in zip(self.rows, self.call.rows, strict=True):
             if state.over:
                 continue
-            new = len(row.output_ids) - state.told
-            state.told += new
-            if self.record_timestamps:
-                state.timestamps += [now] * new
+            told, state.told = state.told, len(row.output_ids)
+            over = row.finish_reason is not None or row.request.ended
+            if self.streaming:  # as transformers does, one for each token, however many a step gave
+                for count in range(told + 1, state.told + (not over)):
+                    self._time(state, now, 1)
+                    outputs.append(self._output(state, row, count))
+            self._time(state, now, state.told - len(state.timestamps))
             # A row that has its last token is told even while its siblings go on.
-            state.over = row.finish_reason is not None or row.request.ended
-            if state.over or (new and self.streaming):
-                outputs.append(self._output(state, row))
+            state.over = over
+            if over:
+                outputs.append(self._output(state, row, state.told))
         return outputs
 
-    def _output(self, state: RowState, row: Row) -> GenerationOutput:
+    def _time(self, state: RowState, now: float, tokens: int) -> None:
+        if self.record_timestamps:
+            state.timestamps += [now] * tokens
+
+    def _output(self, state: RowState, row: Row, count: int) -> GenerationOutput:
+        """What is told of a row and its first `count` tokens."""
         error = row.request.error
         if error is None and row.finish_reason == "cancelled":
             error = "the request was cancelled"
         status = RequestStatus.DECODING
         if state.over:
             status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
-        metrics, scored = row.request.metrics, zip(row.logprobs, row.output_ids, strict=False)
+        metrics, scored = row.request.metrics, zip(row.logprobs, row.output_ids[:count], strict=False)
         began = metrics.first_scheduled_time or metrics.arrival_time
         return self.output(
             state,
-            list(row.output_ids),
+            row.output_ids[:count],
             status,
             None if error is None else str(error),
             lifespan=(began, time.perf_counter() if state.over else -1),
