@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from hf_paged.kernels.native_verified import NODES, Made, Visit
 from hf_paged.plan import PlanRow
 from hf_paged.sampling import SampleResult, drawn_errors
+from hf_paged.speculation.visit import MOST, Plan, Step, verdict_of
 
 if TYPE_CHECKING:
     from hf_paged.engine import EngineCore
@@ -21,30 +23,48 @@ if TYPE_CHECKING:
 
 
 class Stepper(Protocol):
-    """Decodes on a device. `most`: steps at once, where nobody waits."""
+    """Decodes on a device. `most`: steps at once, where nobody waits; 0: it does not serve."""
 
-    most: int
+    @property
+    def most(self) -> int: ...
 
     def run(self, rows: Sequence[PlanRow], steps: int) -> Iterator[tuple[list[int], list[float]]] | None:
         """Begin `steps` decode steps of rows whose pages are reserved; None where it cannot.
 
         Yields for each step the token of every row, and the largest of its logits over the temperature: where that is
-        not finite there is no token. A row's slots behind its pages go to page 0.
+        not finite there is no token. There may be fewer steps. A row's slots behind its pages go to page 0.
         """
+        ...
+
+    @property
+    def lines(self) -> int:
+        """Tokens, drafts among them, that `verify` takes in one step."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row that `verify` takes."""
+        ...
+
+    def verify(self, plan: Plan) -> Visit | None:
+        """Steps with drafts, as `plan` has them; None where it cannot."""
         ...
 
 
 WHILE_OTHERS_WAIT = 8  # steps at once, at most: a row that ends makes room for another
+TOKENS_A_STEP = 4  # for which a visit with drafts takes pages: behind these it ends
 
 
 def burst_length(work: Sequence[PlanRow], core: EngineCore) -> int:
     """Steps that these rows can do at once; 0 where one of them needs the host between its steps."""
-    if not all(_simple(planned) for planned in work):
+    drafted = any(planned.row.request.speculator is not None for planned in work)
+    most = min(core.stepper.most, core.drafting.leisure) if drafted else core.stepper.most
+    if not most or not all(_simple(planned) for planned in work):
         return 0
     left = np.array([planned.row.request.max_tokens - len(planned.row.output_ids) for planned in work])
     waits = len(core.roster.running) > len(work) or core.roster.waits
-    most = min(WHILE_OTHERS_WAIT, left.min()) if waits else left.max()
-    steps, memory = int(min(core.stepper.most, most)), core.memory
+    steps = int(min(most, WHILE_OTHERS_WAIT, left.min()) if waits else min(most, left.max()))
+    memory = core.memory
     computed = np.array([planned.sequence.computed for planned in work])
     held = np.array([len(planned.sequence.pages) for planned in work])
 
@@ -67,7 +87,6 @@ def _simple(planned: PlanRow) -> bool:
         planned.count == planned.logits == 1
         and planned.sequence.pending == 1
         and bool(row.output_ids)
-        and row.request.speculator is None
         and params.plain
         and sampling.params.logprobs is None
         and sampling.pipeline is None
@@ -90,15 +109,112 @@ def run_burst(core: EngineCore, work: Sequence[PlanRow], result: StepResult) -> 
             core.memory.reserve(planned.sequence, 1)
         return False
     alive = list(enumerate(work))
-    begun = time.perf_counter()
+    begun, before, done = time.perf_counter(), core.recorder.forward_seconds, 0
     for tokens, tops in drawn:
+        done += 1
         core.recorder.forward(len(alive), time.perf_counter() - begun)
         alive = _take_step(core, alive, SampleResult(tokens, drawn_errors(tops)), result)
         if not alive:
             break
         begun = time.perf_counter()
+    core.drafting.made(work, done, core.recorder.forward_seconds - before)
+    for _, planned in alive:  # where there were fewer steps: pages for those that were not made
+        core.memory.rollback(planned.sequence, planned.sequence.computed)
     core.recorder.memory(len(core.roster.running), core.memory.pool.held, core.memory.live_tokens)
     return True
+
+
+def run_visit(core: EngineCore, work: Sequence[PlanRow], soon: int, result: StepResult) -> bool:
+    """Run a step's rows that all decode and for which there is a speculator, several steps with drafts at once. False:
+    they must go the long way."""
+    if not core.drafting.speculators or not core.stepper.most or not all(_simple(planned) for planned in work):
+        return False
+    if not work or len({planned.sequence.pages[0] for planned in work}) < len(work):
+        return False  # rows with pages in common are computed together
+    most = min(core.settings.max_batch_tokens, core.stepper.lines)
+    longest = max(planned.sequence.computed for planned in work) + MOST * TOKENS_A_STEP + NODES
+    if longest > core.stepper.slots:
+        return False
+    waits = core.roster.waits or len(core.roster.running) > len(work)
+    plan = core.drafting.visit(work, most, waits, soon)
+    if plan is None:
+        return False
+    plan.steps = min(plan.steps, core.stepper.most, WHILE_OTHERS_WAIT if waits else plan.steps)
+    _make_room(core, plan)
+    visit = core.stepper.verify(plan)
+    steps: list[Step] = []
+    if visit is not None:
+        core.drafting.wrote(plan, visit)
+        for each, (seconds, _) in zip(visit.steps, visit.seconds, strict=True):
+            core.recorder.forward(sum(1 + len(made.tokens) for made in each), seconds)
+            steps.append(_take_drafts(core, plan, each, result))
+            if any(planned.row.sequence is None for planned in work):
+                break  # a stop that the compiled steps did not know of: lines of a row that has ended are no use
+    for planned in work:
+        if planned.row.sequence is not None:
+            _give_back(core, planned, not steps, visit is not None and visit.spoilt)
+    if not steps:
+        return False
+    core.drafting.visited(plan, visit, steps)
+    core.recorder.memory(len(core.roster.running), core.memory.pool.held, core.memory.live_tokens)
+    return True
+
+
+def _make_room(core: EngineCore, plan: Plan) -> None:
+    """Reserve slots for the steps and the drafts of a visit. Drafts never take the pages of another row."""
+    memory, wanted = core.memory, plan.steps * TOKENS_A_STEP + plan.deepest
+    computed = np.array([planned.sequence.computed for planned in plan.work])
+    held = np.array([len(planned.sequence.pages) for planned in plan.work])
+    left = np.array([row.left for row in plan.rows])
+    while np.maximum(memory.pages_for(computed + np.minimum(wanted, left)) - held, 0).sum() > memory.available:
+        wanted //= 2
+    for planned, row in zip(plan.work, plan.rows, strict=True):
+        copies = memory.reserve(planned.sequence, max(min(wanted, row.left), 1))
+        core.store.copy(copies)
+        core.drafting.copied(copies)
+        row.slots = len(planned.sequence.pages) * memory.page_size
+
+
+def _give_back(core: EngineCore, planned: PlanRow, again: bool, spoilt: bool) -> None:
+    """Release pages behind what was computed.
+
+    Args:
+        again: the next token's slot is still needed. spoilt: numbers that are not finite may have been stored.
+    """
+    memory, sequence = core.memory, planned.sequence
+    if spoilt:
+        slots = range(sequence.computed, len(sequence.pages) * memory.page_size)
+        core.store.clear(np.array([sequence.slot(place, memory.page_size) for place in slots]))
+    memory.rollback(sequence, sequence.computed)
+    if again:
+        memory.reserve(sequence, 1)
+
+
+def _take_drafts(core: EngineCore, plan: Plan, made: Sequence[Made], result: StepResult) -> Step:
+    """Take what one step of a visit made of its rows: how many tokens, and what became of drafts."""
+    before, rows, verdicts = len(result.ids), 0, []
+    for planned, each in zip(plan.work, made, strict=True):
+        row, sequence = planned.row, planned.sequence
+        if row.finish_reason or row.sequence is None:
+            continue
+        rows += 1
+        core.memory.commit(sequence, 1)
+        taken, sampled = 0, SampleResult(each.drawn, [None] * len(each.drawn))
+        goes = True
+        while goes and taken < len(each.drawn):
+            goes = core.outcomes.take(result, row, sampled, taken)
+            taken += 1
+        if row.sequence is None:  # its request failed
+            continue
+        verdict = verdict_of(plan, each, taken, not goes)
+        if verdict is not None:
+            verdicts.append((planned, verdict))
+            core.memory.commit(sequence, verdict.accepted)
+        if row.finish_reason:
+            core.outcomes.finish(row)
+    generated = len(result.ids) - before
+    core.recorder.add(steps=1, rows=rows, generated_tokens=generated)
+    return generated, verdicts
 
 
 def _take_step(

@@ -8,100 +8,55 @@ from collections.abc import Sequence as Rows
 import numpy as np
 import torch
 
-from hf_paged.memory import Memory, OutOfPages, PageCopy
+from hf_paged.kernels.native_verified import Visit
+from hf_paged.memory import Memory, OutOfPages
 from hf_paged.plan import PlanRow
-from hf_paged.request import Row
-from hf_paged.speculation.config import SpeculationConfig
-from hf_paged.speculation.cost import CostTable
+from hf_paged.proposers import Proposers
+from hf_paged.speculation.cost import KNOWN
 from hf_paged.speculation.drafter import Drafter
-from hf_paged.speculation.guide import Overhead
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.stats import SpeculationStats, collect
-from hf_paged.speculation.suffix import SuffixIndex
 from hf_paged.speculation.verify import Drawing
+from hf_paged.speculation.visit import FRESH, STALE, Plan, Step, Visits
 from hf_paged.stats import Recorder
 from hf_paged.store import KVStore
 
-REST = 3  # steps without any speculation behind one in which there was nothing to do
+Visited = tuple[Plan, Visit, list[Step]]
+
+REST = 3  # steps without any speculation behind one in which there was nothing to do, or as many as make a burst
 
 
-class Drafting:
+class Drafting(Proposers):
     """Speculation in one engine.
 
     Args:
-        memory, store: the engine's.
-        measured: seconds that were measured here → those to go by: several processes must decide the same.
+        store: the engine's KV. The others are as in `Proposers`.
 
     Attributes:
-        cost, overhead: what steps of the target take.
-        speculators: by settings and draft model.
-        drafters: all draft models.
+        burst: steps that can be made at once.
+        leisure: steps, this one included, in which there is nothing to do.
     """
 
     def __init__(self, memory: Memory, store: KVStore, measured: Callable[[float], float] | None = None) -> None:
-        self.memory, self.store = memory, store
-        self.cost, self.overhead, self.measured = CostTable(), Overhead(), measured or float
-        self.suffixes: SuffixIndex | None = None
-        self.speculators: dict[tuple[SpeculationConfig, Drafter | None], Speculator] = {}
-        self.drafters: list[Drafter] = []
+        super().__init__(memory, measured)
+        self.store = store
         self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
         self._plain = False  # whether the latest step held no prompt
         self._before = 0  # drafts of the step before
         self._nodes, self._forward, self._drafted = 0, 0.0, 0.0
         self._rest, self._resting, self._rows = 0, False, 0  # steps left of a rest; whether this is one; its rows
-        self._rested: list[float] = []  # seconds of the latest rest's steps
-
-    def speculator(self, config: SpeculationConfig, drafter: Drafter | None = None) -> Speculator | None:
-        """The speculator of these settings; None where nothing is to be drafted."""
-        if config.off:
-            return None
-        known = self.speculators.get((config, drafter))
-        if known is None:
-            if config.method in ("suffix", "auto") and self.suffixes is None:
-                self.suffixes = SuffixIndex(config.suffix_tokens)
-            known = Speculator(config, self.cost, self.overhead, self.suffixes, drafter)
-            self.speculators[config, drafter] = known
-            if drafter is not None and drafter not in self.drafters:
-                self.drafters.append(drafter)
-                drafter.measured = self.measured
-                self.memory.pool.taken = self._taken
-        return known
+        self._steps = 1  # of this visit
+        self._rested, self._rested_seconds = 0, 0.0  # steps since it was asked last
+        self.burst = self.leisure = 0
+        self._visits: dict[Speculator, Visits] = {}
+        self._visited: Visited | None = None
+        self._burst = False  # whether the latest steps were made at once, without drafts
 
     def drop(self, drafter: Drafter) -> None:
-        """Nothing is drafted by `drafter` any more; its KV is freed."""
-        if drafter in self.drafters:
-            self.drafters.remove(drafter)
-        self.speculators = {key: known for key, known in self.speculators.items() if key[1] is not drafter}
-
-    def _taken(self, pages: list[int]) -> None:
-        for drafter in self.drafters:
-            drafter.taken(pages)
-
-    def copied(self, copies: list[PageCopy]) -> None:
-        """Pages were copied."""
-        if copies and self.speculators:
-            for drafter in self.drafters:
-                drafter.copied(copies)
-
-    def forget(self) -> None:
-        """The model is not what it was."""
-        for drafter in self.drafters:
-            drafter.forget()
-
-    def tidy(self) -> None:
-        """Rows may have ended or wait: nothing is kept of them."""
-        for drafter in self.drafters:
-            drafter.tidy(self.memory.sequences)
-
-    def check(self) -> None:
-        """Verify the laws of drafters' own memory.
-
-        Raises:
-            AssertionError: one does not hold.
-        """
-        for drafter in self.drafters:
-            drafter.check(self.memory.sequences)
+        super().drop(drafter)
+        self._visits = {known: visits for known, visits in self._visits.items() if known.drafter is not drafter}
+        self._visited = None
 
     # -- before the forward
 
@@ -113,8 +68,9 @@ class Drafting:
         Args:
             waits: whether rows wait for the places of these. soon: rows that decode once prompts have been read.
         """
-        self._nodes = 0
+        self._nodes, self._steps, self.leisure = 0, 1, 0
         if not self.speculators or self._rests(len(work)):
+            self.leisure = 1 + self._rest
             return work, {}
         self._drafted = sum(drafter.seconds for drafter in self.drafters)
         groups: dict[Speculator, list[PlanRow]] = {}
@@ -126,12 +82,14 @@ class Drafting:
         drawn = sum(planned.count == planned.sequence.pending for planned in work)
         found: dict[PlanRow, Proposal] = {}
         for speculator, rows in groups.items():
-            speculator.rested(len(self._rested))
+            speculator.rested(self._rested)
             made = speculator.propose(rows, tokens, drawn, most - tokens, waits, soon, self._reserve)
             tokens += sum(map(len, made.values()))
             found |= made
-        if groups and not any(speculator.busy for speculator in groups):
-            self._rest = REST
+        free = min((speculator.free for speculator in groups), default=0)
+        if free:
+            self._rest = min(max(self.burst - 1, REST), free - 1)
+            self.leisure = 1 + self._rest
         self._nodes = sum(map(len, found.values()))
         if not found:
             return work, found
@@ -165,6 +123,23 @@ class Drafting:
         self.copied(copies)
         return True
 
+    def visit(self, work: Rows[PlanRow], most: int, waits: bool, soon: int) -> Plan | None:
+        """Several steps of `work`, with drafts; None: they are to be made one by one. Arguments: see `propose`."""
+        found = {planned.row.request.speculator for planned in work}
+        if not self.speculators or len(found) > 1 or None in found or (self._rest and len(work) == self._rows):
+            return None
+        (speculator,) = found
+        visits = self._visits.get(speculator)
+        if visits is None:
+            visits = self._visits[speculator] = Visits(speculator)
+        if visits.since >= STALE and not speculator._drafts:
+            visits.since, self._rest, self._rows = 0, FRESH, len(work)
+            return None
+        speculator.rested(self._rested)
+        speculator.texts.stepped(self._rested_seconds)
+        self._rested, self._rested_seconds = 0, 0.0
+        return visits.plan(work, most - len(work), waits, soon)
+
     # -- behind it
 
     def forwarded(self, work: Rows[PlanRow], tokens: int, seconds: float) -> None:
@@ -179,27 +154,77 @@ class Drafting:
             self.verified += 1
             self.verify_seconds += seconds
         if self._plain:
-            if behind and self.cost:
-                self.overhead.note_after(seconds, self.cost.seconds(tokens))
-            self.cost.note(tokens, seconds)
+            usual = self.cost.of(len(work)).seconds(tokens)
+            if behind and usual:
+                self.overhead.note_after(seconds, usual)
+            self.cost.note(len(work), tokens, seconds)
         else:
             self.cost.note_prompt(tokens, seconds)
 
+    def made(self, work: Rows[PlanRow], steps: int, seconds: float) -> None:
+        """So many steps without drafts were made at once; their forwards took so long in all."""
+        for _ in range(min(steps, KNOWN)):
+            if self._resting:
+                self.cost.note(len(work), len(work), self.measured(seconds / steps))
+            self.forwarded(work, len(work), seconds / steps)
+        self._forward, self._burst = self.measured(seconds / steps), True
+        self._steps, self._rest = steps, max(self._rest - steps + 1, 0)
+
     def stepped(self, seconds: float, tokens: int) -> None:
-        """Note what the step took in all, and how many tokens it gave."""
+        """Note what the step took in all, and how many tokens it gave. Of several the first may be none of a rest."""
         self.tidy()
         if not self.speculators:
             return
-        if self._resting:
-            self._rested.append(seconds)
+        visited, self._visited = self._visited, None
+        if visited is not None:
+            self._learn(visited, self.measured(seconds))
             return
-        seconds, rested = self.measured(seconds), self.measured(sum(self._rested)) if self._rested else 0.0
-        self._rested.clear()
+        steps, rested = self._steps, self._rested_seconds
+        if self._burst:
+            self._burst = False
+            for visits in self._visits.values():
+                visits.overhead.note(max(self.measured(seconds) / steps - self._forward, 0.0), 0)
+        if self._resting:
+            self._rested, self._rested_seconds = self._rested + steps, rested + self.measured(seconds)
+            return
+        seconds, tokens = self.measured(seconds) / steps, tokens / steps
+        self._rested, self._rested_seconds = steps - 1, (steps - 1) * seconds
         for speculator in self.speculators.values():
             speculator.stepped(tokens, seconds if self._plain else 0.0, rested)
         if self._plain:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
+
+    def wrote(self, plan: Plan, visit: Visit) -> None:
+        """KV of a visit's steps is stored, on the pages that its rows have now."""
+        self._visits[plan.speculator].settle(plan, visit)
+
+    def visited(self, plan: Plan, visit: Visit, steps: list[Step]) -> None:
+        """Steps of a visit were taken; what became of drafts is learned when all that it took is known."""
+        visits = self._visits[plan.speculator]
+        visits.since += 1
+        self._visited, self._rows = (plan, visit, steps), len(plan.work)
+        self._rest = visits.rest(steps, plan) * self.burst
+
+    def _learn(self, visited: Visited, seconds: float) -> None:
+        plan, visit, steps = visited
+        visits, made = self._visits[plan.speculator], visit.seconds[: len(steps)]
+        each = max(seconds - sum(forward + spent for forward, spent in made), 0.0) / max(len(steps), 1)
+        self._resting = False
+        drafted = any(verdicts for _, verdicts in steps)
+        if not (drafted or plan.speculator._drafts):  # they are all alike
+            count = len(steps)
+            forward, tokens = sum(forward for forward, _ in made) / count, sum(tokens for tokens, _ in steps) / count
+            made, steps = [(forward, 0.0)], [(tokens, [])]
+            plan.speculator.rested(count - 1)
+            plan.speculator.texts.stepped((count - 1) * (forward + each))
+        for index, ((forward, spent), (tokens, verdicts)) in enumerate(zip(made, steps, strict=True)):
+            self._nodes = sum(len(verdict.proposal) for _, verdict in verdicts)
+            self.forwarded(plan.work, len(plan.work) + self._nodes, forward)
+            visits.learn(plan, index, verdicts, visit)
+            plan.speculator.stepped(tokens, forward + spent + each)
+            if drafted:
+                visits.overhead.note(each, max(self._nodes, 1))
 
     def settle(self, work: Rows[PlanRow], drawings: Rows[Drawing], logits: torch.Tensor, sound: bool) -> None:
         """KV of accepted drafts goes to its place and is committed; pages of the others are released.
@@ -254,8 +279,3 @@ class Drafting:
             speculator.tallies.clear()
         for drafter in self.drafters:
             drafter.seconds = 0.0
-
-    def ended(self, row: Row) -> None:
-        """A row has ended."""
-        if row.request.speculator is not None:
-            row.request.speculator.ended(row)

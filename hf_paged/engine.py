@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from hf_paged.admission import Capacity, bad_word_ids, checked_length, checked_prompt, checked_scoring
-from hf_paged.burst import Stepper, run_burst
+from hf_paged.burst import Stepper, run_burst, run_visit
 from hf_paged.config import CoreSettings
 from hf_paged.drafting import Drafting
 from hf_paged.drawing import all_finite, note_prompts, rows_to_draw
@@ -206,10 +206,12 @@ class EngineCore:
             self._apply(decision)
             work = self._reserve(decision)
             soon = self.roster.soon(self.settings.max_sequences)
-            work, drafts = self.drafting.propose(work, self.settings.max_batch_tokens, self.roster.waits, soon)
-            if work and not (self.stepper is not None and not drafts and run_burst(self, work, result)):
-                logits = self._forward(work)
-                self._conclude(work, drafts, logits, result)
+            self.drafting.burst = self.stepper.most if self.stepper is not None else 0
+            if not (self.stepper is not None and run_visit(self, work, soon, result)):
+                work, drafts = self.drafting.propose(work, self.settings.max_batch_tokens, self.roster.waits, soon)
+                if work and not (self.stepper is not None and not drafts and run_burst(self, work, result)):
+                    logits = self._forward(work)
+                    self._conclude(work, drafts, logits, result)
             # The second of two pages with the same tokens was given up, whatever it holds.
             self.store.scrub(self.memory.take_replaced())
         result.finished = self.roster.collect()

@@ -146,7 +146,7 @@ def test_weights_that_change_between_two_steps(model, through_data):
     prompt = prompts_of(20, seed=1)[0][0].tolist()
     weight = model.get_input_embeddings().weight
     with Engine(model, page_size=4, num_pages=64, check=True) as engine:
-        engine.submit(prompt, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), request_id="a")
+        engine.submit(prompt, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), request_id="a")
         for _ in range(4):
             engine.step()
         known = list(engine.core.requests[0].rows[0].output_ids)
@@ -156,7 +156,7 @@ def test_weights_that_change_between_two_steps(model, through_data):
             results = engine.step()
         tokens = results[0].outputs[0].token_ids
     with Engine(model, page_size=4, num_pages=64, prefix_caching=False) as fresh:
-        rest = SamplingParams(temperature=0.0, max_tokens=12 - len(known), ignore_eos=True)
+        rest = SamplingParams(temperature=0.0, max_tokens=60 - len(known), ignore_eos=True)
         assert tokens == known + fresh.generate([*prompt, *known], rest)[0].outputs[0].token_ids
 
 

@@ -411,6 +411,7 @@ def test_logits_processors_of_transformers(model):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_forward_that_raises(model, greedy, error, monkeypatch):
     engine = make(model)
+    engine.core.stepper = None  # see test_few_steps.py
     run, left = engine.core.forward, [4]
 
     def forward(plan):

@@ -71,7 +71,9 @@ def adaptive(model, draft, monkeypatch, least=0.0, **settings):
     monkeypatch.setattr(Guide, "least", lambda self: 0.0)
     speculation = SpeculationConfig(method="draft", **settings)
     sizes = {"page_size": 4, "num_pages": 200, "max_model_len": 128}
-    return Engine(model, draft_model=draft, speculation=speculation, check=True, **sizes)
+    engine = Engine(model, draft_model=draft, speculation=speculation, check=True, **sizes)
+    engine.core.stepper = None  # step by step: see test_visits.py
+    return engine
 
 
 def test_one_row_alone_gets_a_chain_and_what_stands_beside_it(models, monkeypatch):

@@ -119,6 +119,8 @@ def test_a_call_for_a_forward_gives_what_a_call_an_op_does(kind, angles, monkeyp
         if run.blocks is None:
             pytest.skip("there are no compiled ops")
 
+        engine.core.stepper = None  # whose steps make no plans
+
         def both(plan):
             fits, run.blocks = run.blocks, None
             apart, run.blocks = run(plan), fits

@@ -25,7 +25,7 @@ from hf_paged.speculation.proposal import Proposal, Verdict, tree_places
 from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
-from hf_paged.speculation.texts import LOOKS_AT_ALL, Texts
+from hf_paged.speculation.texts import Texts
 from hf_paged.speculation.trial import TRIED, Trial
 
 TREE = Proposal((5, 6, 7, 8, 9), (-1, -1, 0, 1, 1), (0,) * 5, (0.5, 0.4, 0.9, 0.5, 0.25), "test")
@@ -290,13 +290,14 @@ def test_texts_of_no_use_are_looked_at_together_and_rarely():
 
 def test_looks_of_no_use_take_a_hundredth_of_the_time():
     rows = [SimpleNamespace(row=SimpleNamespace(drafting=None, output_ids=[1])) for _ in range(8)]
-    texts, looks = Texts(SpeculationConfig(method="auto"), Acceptance(), None), 0
+    texts, spent = Texts(SpeculationConfig(method="auto"), Acceptance(), None), 0.0
     for step in range(1, 5001):
         due = texts.due(rows, step)  # nothing is put off, but for what cannot be paid
         assert len(due) in (0, 8)
-        looks += bool(due)
+        texts.looked(0.00124 if due else 0.0)
+        spent += 0.00124 if due else 0.0
         texts.stepped(0.002)
-    assert 0.005 < looks * (LOOKS_AT_ALL[0] + 7 * LOOKS_AT_ALL[1]) / (5000 * 0.002) < 0.012
+    assert 0.005 < spent / (5000 * 0.002) < 0.012
     for _ in range(100):
         texts.paid(0.01)
     assert len(texts.due(rows, 5001)) == 8

@@ -38,13 +38,14 @@ class CostTable:
     Nor do they where a forward takes longer because the one before was of another size: the next ones take that back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: deque[float] | None = None) -> None:
         self._pace = 1.0
         self._seen: dict[int, Size] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
         self._notes = 0
-        self._prompts: deque[float] = deque(maxlen=LATEST)  # seconds a token of forwards that read prompts
+        # Seconds a token of forwards that read prompts.
+        self._prompts: deque[float] = deque(maxlen=LATEST) if prompts is None else prompts
 
     def __bool__(self) -> bool:
         return bool(self._sizes)
@@ -124,3 +125,36 @@ class CostTable:
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""
         return [(size, seconds * self._pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
+
+
+class StepCosts:
+    """Seconds of the target's forwards: by rows, where nothing else is computed, and by tokens.
+
+    So many tokens of many rows take longer than those of few, whose histories are read once for all drafts of a row:
+    what a batch with drafts costs is told by batches of like size alone.
+
+    Attributes:
+        rows: forwards that decode, a token a row.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: deque[float] = deque(maxlen=LATEST)
+        self.rows = CostTable(self._prompts)
+        self._batches: dict[int, CostTable] = {}
+
+    def of(self, rows: int) -> CostTable:
+        """Forwards of about so many rows, by their tokens."""
+        size = rows.bit_length()
+        if size not in self._batches:
+            self._batches[size] = CostTable(self._prompts)
+        return self._batches[size]
+
+    def note(self, rows: int, tokens: int, seconds: float) -> None:
+        """Add a measurement of a forward over a token of each row, and over drafts."""
+        self.of(rows).note(tokens, seconds)
+        if tokens == rows:
+            self.rows.note(tokens, seconds)
+
+    def note_prompt(self, tokens: int, seconds: float) -> None:
+        """See `CostTable.note_prompt`."""
+        self.rows.note_prompt(tokens, seconds)

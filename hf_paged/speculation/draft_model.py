@@ -77,9 +77,13 @@ class DraftModel(Drafter):
         known = len(filled) * size if not len(short) else int(short[0]) * size + int(filled[short[0]])
         return min(known, sequence.computed)
 
-    def _mark(self, planned: PlanRow, begin: int, known: int) -> None:
-        """KV of tokens `begin` to `known` is there now, and of none behind."""
-        size, pages = self.page_size, planned.sequence.pages
+    def mark(self, planned: PlanRow, begin: int, known: int, pages: Rows[int] | None = None) -> None:
+        """KV of a row's tokens `begin` to `known` is there now, and of none behind.
+
+        Args:
+            pages: of the row when it was stored; since, one that filled up may have been given up for another's.
+        """
+        size, pages = self.page_size, planned.sequence.pages if pages is None else pages
         for index in range(begin // size, min(-(-(known + 1) // size), len(pages))):
             self._filled[pages[index]] = min(max(known - index * size, 0), size)
 
@@ -91,6 +95,8 @@ class DraftModel(Drafter):
         trees = [Tree(planned, depth) for planned, depth in zip(rows, deepest, strict=True)]
         self._trees = {tree.planned.sequence: tree for tree in trees}
         self._grow(trees, guide, reserve)
+        for tree in trees:
+            tree.pages = list(tree.planned.sequence.pages)
         return [self._proposal(tree) if tree.tokens else None for tree in trees]
 
     def _give_up(self, rows: Rows[PlanRow]) -> None:
@@ -121,7 +127,7 @@ class DraftModel(Drafter):
             else:
                 chosen = self._choose(trees, self._catch_up(trees, known), guide.width)
             for tree, begin in zip(trees, known, strict=True):
-                self._mark(tree.planned, begin, tree.planned.sequence.computed + 1)
+                self.mark(tree.planned, begin, tree.planned.sequence.computed + 1)
             self._extend(trees, chosen, guide, 1)
         for depth in range(2, deepest + 1):
             growing = [tree for tree in trees if tree.frontier and depth <= tree.deepest]
@@ -147,7 +153,7 @@ class DraftModel(Drafter):
             tokens, probs = few.chain(known, tree.deepest, guide.width, self._usual_odds(guide), guide.least_of_chain())
             depth = len(tokens)
             tree.fed.update(range(depth - 1))
-            self._mark(tree.planned, known, computed + 1)
+            self.mark(tree.planned, known, computed + 1)
             beside, least, reach = [], guide.least(), guide.value(tree.planned)
             for at in range(depth):
                 grown = tree.children(at - 1, reach, tokens[at], probs[at], guide, at + 1)
@@ -167,6 +173,14 @@ class DraftModel(Drafter):
             self._odds = np.array(odds, np.float32)
         self._asked += 1
         return self._odds
+
+    def drafted(self, lag: int, depth: int, lines: int, seconds: float) -> None:
+        """Chains were drafted elsewhere: by a forward over `lag` tokens and others, of `lines` tokens in all."""
+        self.seconds += seconds
+        if lines == lag + depth - 1 and depth > 1:
+            self._note_chain(lag, depth, seconds)
+        else:  # of several rows
+            self.cost.note(round(lines / depth), seconds / depth)
 
     def _note_chain(self, lag: int, depth: int, seconds: float) -> None:
         """A forward over `lag` tokens and `depth - 1` over one took so long."""
@@ -229,8 +243,10 @@ class DraftModel(Drafter):
         if self.store is None:
             return
         tree, known = self._trees.get(planned.sequence), computed + 1
+        if tree is None:
+            return
         for place, node in enumerate(verdict.path):
-            if tree is None or verdict.proposal.origin[node] != place or place not in tree.fed:
+            if verdict.proposal.origin[node] != place or place not in tree.fed:
                 break
             known += 1
-        self._mark(planned, computed + 1, known)
+        self.mark(planned, computed + 1, known, tree.pages)

@@ -29,16 +29,18 @@ class Overhead:
 
     Attributes:
         step: of any step. drafts: of one with drafts besides. after: by which the forward behind such a step is longer.
+        node: of each draft.
     """
 
     step: float = 0.0
     drafts: float = 0.0
     after: float = 0.0
+    node: float = NODE
 
     def note(self, seconds: float, nodes: int) -> None:
         """Add a step's, in which `nodes` drafts were verified."""
         if nodes:
-            self.drafts = _follow(self.drafts, max(seconds - self.step - NODE * nodes, 0.0))
+            self.drafts = _follow(self.drafts, max(seconds - self.step - self.node * nodes, 0.0))
         else:
             self.step = _follow(self.step, seconds)
 
@@ -49,7 +51,7 @@ class Overhead:
 
     def seconds(self, nodes: float) -> float:
         """Of a step with so many drafts, what it does to the next one included."""
-        return self.step + (self.drafts + self.after + NODE * nodes if nodes else 0.0)
+        return self.step + (self.drafts + self.after + self.node * nodes if nodes else 0.0)
 
 
 def _follow(known: float, seen: float) -> float:
@@ -63,6 +65,7 @@ class Ledger:
     """One step's expectations. `tokens` are computed and `drawn` rows draw without any drafts.
 
     Attributes:
+        cost: of forwards of about so many rows. decodes: of a token a row, of any number of rows; None: as `cost`.
         reaches: of the drafts that a model has made so far. spent: seconds of drafting so far.
     """
 
@@ -70,6 +73,7 @@ class Ledger:
     overhead: Overhead
     tokens: int
     drawn: int
+    decodes: CostTable | None = None
     reaches: list[float] = field(default_factory=list)
     spent: float = 0.0
     _seconds: dict[int, float] = field(default_factory=dict)
@@ -84,10 +88,11 @@ class Ledger:
 
     def step(self, rows: int) -> float:
         """Seconds of a step that decodes so many rows; fewer than were ever measured take their share of that."""
-        least = min(self.cost.smallest, self.drawn)
+        cost = self.decodes or self.cost
+        least = min(cost.smallest, self.drawn)
         if rows < least:
             return rows / least * self.step(least)
-        return self.cost.seconds(rows) + self.overhead.step
+        return cost.seconds(rows) + self.overhead.step
 
     def values(self, left: Sequence[float]) -> list[float]:
         """What a token of each row is worth, over what one is on average, where nobody waits for a row's place.

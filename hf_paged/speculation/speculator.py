@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
 from hf_paged.speculation.acceptance import Acceptance
 from hf_paged.speculation.config import SpeculationConfig
-from hf_paged.speculation.cost import CostTable
+from hf_paged.speculation.cost import StepCosts
 from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.guide import Guide, Ledger, Overhead
 from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
@@ -19,6 +20,8 @@ from hf_paged.speculation.trial import Trial
 from hf_paged.speculation.worth import Worths, left
 
 LASTING = 0.99  # of what was expected and taken in the steps before
+FREE = 1 << 30  # steps: as many as the engine likes
+DRAFTED = 4  # depths of a draft model's drafts that are weighed against those of texts
 
 
 class Speculator:
@@ -29,22 +32,24 @@ class Speculator:
         cost, overhead: of the target's steps, kept by the engine.
         suffixes: what the suffix proposer knows, shared by all speculators of an engine.
         drafter: a draft model, or the target's first layers.
+        measured: as in `Drafting`.
     """
 
     def __init__(
         self,
         config: SpeculationConfig,
-        cost: CostTable,
+        cost: StepCosts,
         overhead: Overhead,
         suffixes: SuffixIndex | None = None,
         drafter: Drafter | None = None,
+        measured: Callable[[float], float] = float,
     ) -> None:
         self.config, self.cost, self.overhead, self.suffixes, self.drafter = config, cost, overhead, suffixes, drafter
-        self.acceptance = Acceptance()
+        self.measured, self.acceptance = measured, Acceptance()
         self.texts = Texts(config, self.acceptance, suffixes)
         self.tallies: dict[str, Tally] = {}
         self.trial = Trial()
-        self.busy = True  # whether there was anything to do in the latest step
+        self.free = 0  # steps, the latest included, for which there is nothing to do
         self._steps = 0
         self._plain = 0.0  # seconds of this step, were it without drafts
         self._drawn = 0  # rows that draw in it
@@ -72,19 +77,20 @@ class Speculator:
                 a draft model that does not pay for so many has read prompts in vain.
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
-        self._reach, self._taken, self._plain, self.busy = 0.0, 0, 0.0, True
+        self._reach, self._taken, self._plain, self.free = 0.0, 0, 0.0, 0
         self._steps += 1
         asked = self.texts.due(rows, self._steps)
         if budget <= 0 or not (asked or self._drafts):
-            self.busy = budget <= 0
+            self.free = FREE if budget > 0 else 0
             return {}
-        if self.config.adaptive and not self.cost.knows(tokens):
+        cost = self.cost.of(drawn)
+        if self.config.adaptive and not cost.knows(tokens):
             return {}  # beside steps that are not known any draft would seem to cost nothing
-        ledger = Ledger(self.cost, self.overhead, tokens, drawn) if self.config.adaptive else None
+        ledger = Ledger(cost, self.overhead, tokens, drawn, self.cost.rows) if self.config.adaptive else None
         self._drawn, self._plain = drawn, ledger.seconds(0) if ledger is not None else 0.0
         drafts = self._drafts and (ledger is None or self.trial.drafts(soon))
         if not (asked or drafts):
-            self.busy = self.trial.trying
+            self.free = 0 if self.trial.trying else FREE
             return {}
         depths = {planned: self._deepest(planned.row, budget) for planned in (rows if drafts else asked)}
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
@@ -93,7 +99,9 @@ class Speculator:
         closed = ledger is not None and not waits and 1 < drawn == len(rows)
         self._values = self._worths.of(rows, depths, ledger, self._steps) if closed else {}
         asked = [planned for planned in asked if planned in depths]
+        begun = time.perf_counter()
         offers = self._looked_up(asked, depths, ledger)
+        self.texts.looked(self.measured(time.perf_counter() - begun))
         if drafts:
             drafting = [planned for planned in depths if planned not in offers]
             if ledger is not None and self.config.method == "auto":
@@ -102,6 +110,8 @@ class Speculator:
         chosen = self._choose(offers, ledger, budget) if offers else {}
         if ledger is not None:
             self.texts.put_off(asked, chosen, self._steps, drawn)
+            if not (chosen or drafts or self.trial.trying):
+                self.free = 1 + self.texts.next_look(rows, self._steps + 1)
         return {planned: proposal for planned, proposal in chosen.items() if reserve(planned, len(proposal))}
 
     def _deepest(self, row: Row, budget: int) -> int:
@@ -137,12 +147,20 @@ class Speculator:
         self, depths: dict[PlanRow, int], offers: dict[PlanRow, Proposal], ledger: Ledger
     ) -> list[PlanRow]:
         """Rows for which the draft model promises more tokens than what texts offer, its time taken into account."""
-        name, reach, expected = self.drafter.name, 1.0, 0.0
-        for depth in range(1, min(4, self.config.deepest) + 1):
-            reach *= self.acceptance.any_odds(name, depth)
-            expected += reach
-        price = 4 * self.drafter.cost.seconds(len(depths)) * ledger.plain() / max(len(depths), 1)
+        expected, price = self.expected_of_model(), self.price_of_model(ledger, len(depths))
         return [p for p in depths if (expected - sum(_reach(offers.get(p)))) * self._value(p) > price]
+
+    def expected_of_model(self) -> float:
+        """Drafts of the draft model that are taken in a step, about."""
+        reach, expected = 1.0, 0.0
+        for depth in range(1, min(DRAFTED, self.config.deepest) + 1):
+            reach *= self.acceptance.any_odds(self.drafter.name, depth)
+            expected += reach
+        return expected
+
+    def price_of_model(self, ledger: Ledger, rows: int) -> float:
+        """Tokens of a row that could be had in the time that these take to be made for so many."""
+        return DRAFTED * self.drafter.cost.seconds(rows) * ledger.plain() / max(rows, 1)
 
     def _drafted(
         self, depths: dict[PlanRow, int], ledger: Ledger | None, reserve: Callable[[PlanRow, int], bool]
@@ -195,7 +213,15 @@ class Speculator:
 
     def judge(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
         """Learn from what the target made of a row's drafts; `computed` of its tokens were, before."""
-        row, source = planned.row, verdict.proposal.source
+        self.learn(planned.row, verdict)
+        if self.drafter is not None and verdict.proposal.source == self.drafter.name:
+            self.drafter.settle(planned, verdict, computed)
+        elif self._drawn:
+            self.texts.paid(verdict.accepted * self._plain / self._drawn)
+
+    def learn(self, row: Row, verdict: Verdict) -> None:
+        """Note what became of a row's drafts."""
+        source = verdict.proposal.source
         self.acceptance.note(verdict, self._state(row).record(source))
         self.tallies.setdefault(source, Tally()).add(verdict)
         metrics = row.request.metrics
@@ -203,10 +229,14 @@ class Speculator:
         metrics.accepted_tokens += verdict.accepted
         metrics.verified_steps += 1
         self._taken += verdict.accepted
-        if self.drafter is not None and source == self.drafter.name:
-            self.drafter.settle(planned, verdict, computed)
-        elif self._drawn:
-            self.texts.paid(verdict.accepted * self._plain / self._drawn)
+
+    def begin_step(self, ledger: Ledger, soon: int | None) -> None:
+        """A step of a visit begins (see `visit.py`). soon: rows of a step of which a draft model is to be tried."""
+        self._reach, self._taken, self.free = 0.0, 0, 0
+        self._steps += 1
+        self._drawn, self._plain = ledger.drawn, ledger.seconds(0)
+        if soon is not None:
+            self.trial.drafts(soon)
 
     def rested(self, steps: int) -> None:
         """So many steps were made without asking."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
 from hf_paged.speculation.acceptance import DEPTHS, Acceptance, RowRecord
@@ -16,10 +18,9 @@ from hf_paged.speculation.suffix import SuffixIndex, Text
 # A row whose texts are of no use so many times on end waits until they are looked at again, for more and more steps, up
 # to some times as many as rows draw; rows that wait as long are looked at in the same ones.
 PATIENCE, LEAST_LONGEST = 3, 7
-# Seconds that looks take, about, in one step: the first and each further one, into a row's own text, and into all.
-LOOKS, LOOKS_AT_ALL = (6e-5, 2e-5), (4e-4, 1.2e-4)
 # Of the seconds that their drafts save, and of all others, so much may go into looks; at most so many are saved up.
 SAVED, SHARE, PURSE = 0.2, 0.008, 0.02
+NEXT = 8  # steps until it is asked again whether that can be paid
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class RowDrafting:
         records: by proposer.
         worth: what a token of it was worth at the last look, see `Worths`.
         until: the step in which texts are looked at again. misses: times on end that they were of no use.
+        ids: its tokens as they were at the latest visit, with room for those to come; `read` of them.
     """
 
     begun: int
@@ -40,6 +42,8 @@ class RowDrafting:
     worth: float | None = None
     until: int = 0
     misses: int = 0
+    ids: np.ndarray | None = None
+    read: int = 0
 
     @classmethod
     def of(cls, row: Row, step: int) -> RowDrafting:
@@ -50,6 +54,14 @@ class RowDrafting:
 
     def record(self, source: str) -> RowRecord:
         return self.records.setdefault(source, RowRecord())
+
+    def read_in(self, tokens: Sequence[int], most: int) -> np.ndarray:
+        """The row's tokens as an array of `most`. (Again in case of the last one, which may have been thrown away.)"""
+        if self.ids is None or len(self.ids) < most:
+            self.ids, self.read = np.zeros(most, np.int64), 0
+        begin, self.read = min(self.read, len(tokens) - 1), len(tokens)
+        self.ids[begin : self.read] = tokens[begin:]
+        return self.ids
 
 
 class Texts:
@@ -65,7 +77,7 @@ class Texts:
 
     def __init__(self, config: SpeculationConfig, acceptance: Acceptance, suffixes: SuffixIndex | None) -> None:
         self.config, self.acceptance, self.suffixes = config, acceptance, suffixes
-        self.purse, self._looks = PURSE, LOOKS if config.method == "lookup" else LOOKS_AT_ALL
+        self.purse = PURSE
 
     def due(self, rows: Sequence[PlanRow], step: int) -> list[PlanRow]:
         """The rows for which texts are looked at in this step: all whose time has come, if that can be paid. Drafts of
@@ -73,11 +85,18 @@ class Texts:
         if self.config.method in ("draft", "layer_skip") or (self.config.adaptive and self.purse < 0):
             return []
         known = [(planned, planned.row.drafting) for planned in rows]  # of each step's rows: no calls but for those due
-        found = [planned for planned, state in known if state is None or state.until <= step]
-        if self.config.adaptive and found:
-            first, further = self._looks
-            self.purse -= first + further * (len(found) - 1)
-        return found
+        return [planned for planned, state in known if state is None or state.until <= step]
+
+    def looked(self, seconds: float) -> None:
+        """Looks took so long."""
+        self.purse -= seconds
+
+    def next_look(self, rows: Sequence[PlanRow], step: int) -> int:
+        """Steps from `step` on before texts are to be looked at for any of the rows."""
+        if self.purse < 0:
+            return NEXT
+        states = [planned.row.drafting for planned in rows]
+        return min([max(state.until - step, 0) if state is not None else 0 for state in states])
 
     def stepped(self, seconds: float) -> None:
         """A step took so long."""

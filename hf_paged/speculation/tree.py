@@ -17,7 +17,7 @@ Grown = tuple[float, int, int, int, float]  # reach, parent, token, kind and odd
 @dataclass(eq=False)
 class Tree:
     """Drafts of one row in the making. Frontier: those whose children come next, one after another; -1 for the row's
-    last token. `fed`: those whose KV the draft model has computed."""
+    last token. `fed`: those whose KV the draft model has computed, on `pages` of the row."""
 
     planned: PlanRow
     deepest: int
@@ -28,6 +28,7 @@ class Tree:
     reach: list[float] = field(default_factory=list)
     frontier: list[int] = field(default_factory=lambda: [-1])
     fed: set[int] = field(default_factory=set)
+    pages: list[int] = field(default_factory=list)
 
     @property
     def branches(self) -> bool:

@@ -121,6 +121,16 @@ class Trial:
         """Whether the step that was asked about is one of a trial, or comes before the first."""
         return self._now is not None and (self._now.trying or not self._now.seen[True])
 
+    def idle(self, rows: int) -> bool:
+        """Whether the next step, of so many rows, neither drafts nor belongs to a trial."""
+        batch = self._batches.get(rows.bit_length())
+        return batch is not None and batch.left > 0 and not (batch.mode or batch.trying)
+
+    @property
+    def left(self) -> int:
+        """Steps behind the one that was asked about that will do the same."""
+        return self._last.left if self._last is not None else 0
+
     def rested(self, steps: int) -> None:
         """So many steps were made, of the same rows, without asking: none of them drafted."""
         if self._last is not None and not self._last.mode:

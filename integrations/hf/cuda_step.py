@@ -22,6 +22,7 @@ from hf_paged.integrations.inspect import PagedForward
 from hf_paged.kernels import runs_triton
 from hf_paged.kernels.backends import told
 from hf_paged.plan import PlanRow, StepPlan
+from hf_paged.speculation.visit import Plan
 from hf_paged.store import KVStore
 
 # Steps at one visit of the host: as many as take this long. A request that arrives waits so long at most.
@@ -107,6 +108,8 @@ class DecodeStepper:
         runner: `Graphs()`, or `Direct()`.
     """
 
+    lines = slots = 0  # drafts are verified step by step
+
     def __init__(
         self,
         forward: Callable[[StepPlan], torch.Tensor],
@@ -166,6 +169,9 @@ class DecodeStepper:
             marks[1].record()
             self.clock.append((marks[0], marks[1], steps))
         return self._tell(len(rows), bucket.rows, steps)
+
+    def verify(self, plan: Plan) -> None:
+        """See `hf_paged.burst.Stepper`."""
 
     def _tell(self, rows: int, lines: int, steps: int) -> Iterator[tuple[list[int], list[float]]]:
         told, begun = self._told.numpy(), time.perf_counter()

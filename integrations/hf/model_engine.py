@@ -13,6 +13,7 @@ from hf_paged.config import EngineConfig
 from hf_paged.engine import EngineCore
 from hf_paged.integrations.cuda_step import make_stepper
 from hf_paged.integrations.drafters import make_drafter
+from hf_paged.integrations.few_stepper import FewStepper
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
 from hf_paged.integrations.parallel import InStep, Team, refuse_tiers
 from hf_paged.integrations.sizing import core_settings, kv_dtype, make_tiers, pool_pages
@@ -74,6 +75,8 @@ class ModelEngine:
         settings = core_settings(config, self.facts)
         own = self.team is None  # graphs over several processes are not tried
         self.stepper = make_stepper(config, self.forward, self.store, settings) if own else None
+        if own and self.stepper is None and self.facts.device.type == "cpu":
+            self.stepper = FewStepper(self.forward, config.page_size)
         self._mark_graphs()
         self.core = EngineCore(
             self.forward if self.team is None else InStep(self.forward, self.team),

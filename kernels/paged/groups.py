@@ -41,13 +41,18 @@ class Groups:
     parts: np.ndarray
 
 
+def least_together(heads: int) -> int:
+    """Queries that are a group, where so many heads of one share keys."""
+    return min(LEAST_QUERIES, -(-LEAST_LINES // heads))
+
+
 def build_groups(rows: PagedRows, heads: int = 1) -> Groups | None:
     """The groups of a step, or None where nothing is shared.
 
     Args:
         heads: of a query that share keys.
     """
-    least = min(LEAST_QUERIES, -(-LEAST_LINES // heads))
+    least = least_together(heads)
     if len(rows.query_lens) == 1:
         return _alone(rows) if len(rows.slots) >= least else None
     first = rows.page_table[:, 0].tolist()

@@ -17,7 +17,7 @@ from hf_paged.kernels.rows import PagedRows
 from hf_paged.kernels.torch_path import grouped_step, seen_by
 
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-# Of a block, in the order of `block` in `blocks.c`: weight and bias of each, weights of norms, pages, what is seen.
+# Of a block, as in `model_block` of `blocks.h`: weight and bias of each, weights of norms, pages, what is seen.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NORMS = ("norm", "mlp_norm", "q_norm", "k_norm")
 FIELDS = 2 * len(LINEARS) + len(NORMS) + 3
@@ -29,7 +29,7 @@ class FewModel:
     """A model of pre-norm blocks of rotary attention and gated MLP; all tensors float32 on the CPU, contiguous.
 
     Attributes:
-        ends: int64, the fields of `ends` in `blocks.c`.
+        ends: int64, the fields of `ends` in `blocks.h`.
         blocks: int64 `[blocks, FIELDS]`, addresses, but for what is seen. windows: of each block.
         sizes: width, that of the MLP, heads, KV heads, head_dim, and whether weights are tiles.
         outputs: logits a line. most: lines that pay.
@@ -53,6 +53,16 @@ class FewModel:
     def places(self) -> tuple[int, int, int]:
         """Where `ends` and `blocks` lie, and how many of these there are."""
         return address(self.ends), address(self.blocks), len(self.blocks)
+
+    @cached_property
+    def slots(self) -> int:
+        """Slots of a row up to which no window hides any."""
+        return min((window for window in self.windows if window is not None), default=1 << 60)
+
+    @property
+    def sharing(self) -> int:
+        """Heads of a query that share keys."""
+        return self.sizes[2] // self.sizes[3]
 
     @cached_property
     def kinds(self) -> set[int | None]:
@@ -87,8 +97,7 @@ class ForwardOp:
             IndexError: a token that the model does not have.
             MemoryError: there was none for the lines' numbers on their way.
         """
-        heads = model.sizes[2] // model.sizes[3]  # of a query that share keys
-        sights = {window: _sight(rows, window, heads) for window in model.kinds}
+        sights = {window: _sight(rows, window, model.sharing) for window in model.kinds}
         at = {window: address(sight) for window, sight in sights.items()}
         model.blocks[:, -1] = [at[window] for window in model.windows] if len(at) > 1 else at[model.windows[0]]
         table, out = rows.page_table, torch.empty(len(logits_at), model.outputs)
@@ -105,8 +114,19 @@ class ForwardOp:
         return out
 
 
+def see_all(model: FewModel, rows: PagedRows) -> np.ndarray | None:
+    """Tell all blocks that attention sees all of a step's rows: windows do not hide anything.
+
+    Returns:
+        the first slot of each row that is in no group; None where there are no groups.
+    """
+    model.blocks[:, -1] = address(_sight(rows, None, model.sharing))
+    step = grouped_step(rows, None, model.sharing)
+    return None if step is None else step.groups.own
+
+
 def _sight(rows: PagedRows, window: int | None, heads: int) -> np.ndarray:
-    """The fields of `sight` in `blocks.c`. What they point to lives as long as `rows`."""
+    """The fields of `sight` in `blocks.h`. What they point to lives as long as `rows`."""
 
     def make() -> np.ndarray:
         step = grouped_step(rows, window, heads)

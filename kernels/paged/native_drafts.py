@@ -1,4 +1,4 @@
-"""Drafts on a CPU: a forward over a few lines and the choice behind it in one call, `few_drafts` of `csrc/blocks.c`.
+"""Drafts on a CPU: a forward over a few lines and the choice behind it in one call, `few_drafts` of `csrc/drafts.c`.
 
 A small model computes a line in less time than Python needs to say which: what stays the same over the forwards of one
 step is said once.

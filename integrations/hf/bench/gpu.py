@@ -15,6 +15,7 @@ from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.peers import HfContinuous, HfGenerate
 from hf_paged.integrations.bench.throughput import Progress
 from hf_paged.integrations.bench.workload import Workload
+from hf_paged.integrations.cuda_step import DecodeStepper
 from hf_paged.integrations.lean import LeanForward
 
 # Hidden size, MLP size, layers, heads, KV heads, vocabulary, tied embeddings; heads have 128 elements but for `DIMS`.
@@ -120,7 +121,7 @@ def measure_step(engine: Any, vocab: int, copy: float) -> dict[str, Any]:
     load = Load("", rows, context, STEPS + 8).workload(vocab)
     for prompt, n in zip(load.prompts, load.lengths, strict=True):
         engine.submit(list(prompt), _settings(True, 0, n))
-    core, stepper = engine.core, engine.stepper
+    core, stepper = engine.core, _graphs(engine)
     while not (len(core.roster.running) == rows and all(row.output_ids for row in core.roster.running)):
         engine.step()
     engine.step()  # captures
@@ -149,6 +150,11 @@ def measure_step(engine: Any, vocab: int, copy: float) -> dict[str, Any]:
         out["device_over_roofline"] = out["device_seconds"] / roofline
         stepper.clock = None
     return out
+
+
+def _graphs(engine: Any) -> DecodeStepper | None:
+    """What steps in CUDA graphs, if anything does."""
+    return engine.stepper if isinstance(engine.stepper, DecodeStepper) else None
 
 
 def _synchronize(engine: Any) -> None:
@@ -199,7 +205,8 @@ def measure_here(
         for name, greedy in (("greedy", True), ("sampled", False)):
             progress.note(f"{load.shape}: {name}{how}")
             out[name] = measure_engine(engine, load.workload(vocab), greedy)
-        out["graphs"] = engine.stepper is not None and engine.stepper.failure is None
+        stepper = _graphs(engine)
+        out["graphs"] = stepper is not None and stepper.failure is None
         out["lean"] = isinstance(engine.forward.run, LeanForward)
     return out
 

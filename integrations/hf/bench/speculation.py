@@ -83,7 +83,7 @@ class Variant:
             # The rest is bookkeeping: a perfect one would take no time.
             "in_forwards": (steps.forward_seconds + stats.draft_seconds) / max(steps.step_seconds, 1e-9),
         }
-        if stats.proposers and self.engine.core.drafting.cost:
+        if stats.proposers and self.engine.core.drafting.cost.of(batch):
             row |= self._allowed(load, batch, plain, row["tokens_per_second"])
         return row
 
@@ -92,7 +92,7 @@ class Variant:
 
         The prompts take as long as without drafts, and each gives its row's first token.
         """
-        cost, sources = self.engine.core.drafting.cost, self.sources(len(load))
+        cost, sources = self.engine.core.drafting.cost.of(batch), self.sources(len(load))
         largest = cost.points()[-1][0]
         sizes = [min(batch, len(load) - first) for first in range(0, len(load), batch)]
         best = {

@@ -71,6 +71,19 @@ typedef struct {
     const int64_t *visible, *base; /* a query each; visible: null, or -1 for a query that sees all */
 } tree;
 
+/* Slots [begin, end) of a line of the table, which members [first, first + count) see; if causal, each up to its own place. */
+typedef struct {
+    int64_t line, begin, end, first, count, causal;
+} segment;
+
+/* What all layers of a step have in common; see `grouped_attention`. */
+struct step {
+    const int64_t *table, *line_of, *context, *own, *members, *part_start, *parts;
+    const segment *segments;
+    tree tree;
+    int64_t table_width, rows, num_segments, num_members;
+};
+
 /* Scores of slots that a query may not see become -infinity; `softcap` is applied before. Returns what is left of it to apply. */
 INLINE float hide(float *scores, int64_t stride, span keys, tree t, int64_t query, const int64_t group, float softcap) {
     if (!t.visible || t.visible[query] == -1) return softcap;

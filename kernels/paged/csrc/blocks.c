@@ -6,39 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Which slots the queries of a step see: `step` of grouped.c, or without one the arrays that decode_attention takes. */
-typedef struct {
-    const step *grouped;
-    const int64_t *line_of, *context, *begin, *visible, *base;
-} sight;
-
-/* Weights [out, in], contiguous, and biases or null; norms of queries and keys or null; pages, and what attention sees. Where
- * weights are tiles, those of q, k and v are one layer, q, and gate and up are another, gate; so are their biases. */
-typedef struct {
-    const float *q, *q_bias, *k, *k_bias, *v, *v_bias, *o, *o_bias, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
-    const float *norm, *mlp_norm, *q_norm, *k_norm;
-    float *keys, *values;
-    const sight *sight;
-} block;
-
-typedef struct {
-    int64_t lines, width, inner, heads, kv_heads, dim, tiled, page, table_width;
-} sizes;
-
-/* What stands before and behind the blocks. embed [vocab, width]; frequencies of the rotation [dim / 2], or null; head
- * [outputs, width]. */
-typedef struct {
-    const float *embed, *frequencies, *norm, *head, *head_bias;
-    int64_t vocab, outputs;
-} ends;
-
-/* The packed tokens: ids, places in their texts, slots of their KV, pages of their rows, and the lines whose logits are wanted, each
- * at most once. */
-typedef struct {
-    const int64_t *ids, *positions, *slots, *table, *wanted;
-    int64_t wanted_lines;
-} inputs;
-
 /* cos, sin [dim] of one place, times `size`. */
 static void turns(float *cos, float *sin, int64_t position, const float *frequencies, float size, int64_t dim) {
     const int64_t half = dim / 2;
@@ -62,7 +29,7 @@ typedef struct {
 } state;
 
 /* The three below are for the threads of a team, which wait for each other. */
-static void attend(state *s, const block *b, int64_t index, float *out, const float *query, int64_t line) {
+static void attend(state *s, const model_block *b, int64_t index, float *out, const float *query, int64_t line) {
     const sight *see = b->sight;
     const sizes *n = s->n;
     if (see->grouped) {
@@ -93,7 +60,7 @@ static void products(state *s, float *out, const float *x, int64_t lines, int64_
     } else multiply_lines(out, x, in, lines, in, add, layers);
 }
 
-static void gated(state *s, float *out, const float *x, int64_t lines, const block *b, const void *then) {
+static void gated(state *s, float *out, const float *x, int64_t lines, const model_block *b, const void *then) {
     const sizes *n = s->n;
     const layer gate = {b->gate, b->gate_bias, n->inner}, up = {b->up, b->up_bias, n->inner};
     if (n->tiled) {
@@ -122,7 +89,7 @@ static void pick(const state *s, float *mixed, float *hidden, const float *from_
 
 /* hidden [lines, width] goes through one block; KV of its tokens is stored. Returns where it is then: behind the last block, the
  * wanted lines alone. `then`: the layer behind it. */
-static float *run_block(state *s, const block *b, int64_t index, int last, layer then) {
+static float *run_block(state *s, const model_block *b, int64_t index, int last, layer then) {
     const sizes *n = s->n;
     const int64_t queries = n->heads * n->dim, keys = n->kv_heads * n->dim, joined = queries + 2 * keys;
     float *hidden = s->hidden, *lines = s->scratch, *query = lines + n->lines * n->width, *mixed = query + n->lines * joined;
@@ -164,7 +131,7 @@ static void begin(state *s, const ends *e, float turn) {
 /* logits [wanted_lines, outputs] of the tokens. cos, sin: [lines, dim], read where the ends have no frequencies; `turn`: what
  * cosines and sines are multiplied by where they have; scale: of queries times keys; eps: of all norms. Returns 0, 1 where memory
  * ran out, 2 where there is no such token. */
-int few_forward(float *logits, const ends *e, const block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos,
+int few_forward(float *logits, const ends *e, const model_block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos,
                 const float *sin, float turn, float scale, float eps) {
     const int64_t most = n->width + (2 * n->heads + 2 * n->kv_heads) * n->dim + n->inner; /* floats of `run_block`, a line */
     const int64_t widest = n->inner > n->width ? n->inner : n->width, queries = n->heads * n->dim;
@@ -194,63 +161,4 @@ int few_forward(float *logits, const ends *e, const block *blocks, int64_t count
     }
     free(s.groups), free(taken), free(parts), free(hidden);
     return s.failed;
-}
-
-/* Parameters of rows that draw, see sampling.c. */
-typedef struct {
-    const float *temperature, *limit, *min_p;
-    const int64_t *top_k, *seeds, *positions;
-} settings;
-
-/* The forward, and what `likely_tokens` says of each wanted line, which stands `ahead` tokens behind the last one of its row: `rows`
- * are parameters of the rows of the table, and every block has the same sight. Returns what few_forward does. */
-int few_drafts(int64_t *tokens, float *probs, int64_t width, const settings *rows, int64_t ahead, const ends *e, const block *blocks,
-               int64_t count, const sizes *n, const inputs *in, const float *cos, const float *sin, float turn, float scale,
-               float eps) {
-    const int64_t lines = in->wanted_lines;
-    const size_t logits = (size_t)(lines * e->outputs + 1) / 2 * sizeof(int64_t); /* what is behind them is of 8 bytes */
-    float *scores = whole_lines(logits + (size_t)lines * (3 * sizeof(int64_t) + 3 * sizeof(float)));
-    if (!scores) return 1;
-    int64_t *whole = (int64_t *)((char *)scores + logits);
-    float *parts = (float *)(whole + 3 * lines);
-    for (int64_t w = 0; w < lines; w++) {
-        const int64_t r = blocks->sight->line_of[in->wanted[w]];
-        whole[w] = rows->top_k[r], whole[lines + w] = rows->seeds[r], whole[2 * lines + w] = rows->positions[r] + ahead;
-        parts[w] = rows->temperature[r], parts[lines + w] = rows->limit[r], parts[2 * lines + w] = rows->min_p[r];
-    }
-    int failed = few_forward(scores, e, blocks, count, n, in, cos, sin, turn, scale, eps);
-    if (!failed)
-        failed = likely_tokens(tokens, probs, width, scores, e->outputs, lines, e->outputs, parts, parts + lines, parts + 2 * lines,
-                               whole, whole + lines, whole + 2 * lines);
-    free(scores);
-    return failed;
-}
-
-/* `few_drafts` of one row, whose last line alone is wanted; then behind its likeliest token, and so on: `deepest` times in all, or
- * until the odds of these tokens have a product under `least`: odds[i] where the model gives one a probability of (i to i + 1) / kinds.
- * slots: of the tokens to come. What `in` and the blocks' sight say of the first line is written over. tokens, probs [deepest, width];
- * depth: how many lines of them there are then. */
-int few_chain(int64_t *tokens, float *probs, int64_t width, const settings *rows, int64_t deepest, float least, const float *odds,
-              int64_t kinds, const int64_t *slots, int64_t *depth, const ends *e, const block *blocks, int64_t count, const sizes *n,
-              const inputs *in, const float *cos, const float *sin, float turn, float scale, float eps) {
-    const sight *see = blocks->sight;
-    const int64_t last = in->wanted[0], position = in->positions[last], context = see->context[last];
-    sizes one = *n;
-    float reach = 1;
-    int failed = few_drafts(tokens, probs, width, rows, 0, e, blocks, count, n, in, cos, sin, turn, scale, eps);
-    one.lines = 1;
-    for (*depth = 1; !failed && *depth < deepest; ++*depth) {
-        const int64_t token = tokens[(*depth - 1) * width];
-        const float prob = probs[(*depth - 1) * width];
-        if (token < 0 || !(prob >= 0)) break; /* there is none, or numbers that are not finite */
-        const int64_t kind = (int64_t)(prob * (float)kinds);
-        reach *= odds[kind < kinds ? kind : kinds - 1];
-        if (reach < least) break;
-        const int64_t line[] = {token, position + *depth, slots[*depth - 1], see->line_of[last], context + *depth, -1, 0};
-        const int64_t *const fields[] = {in->ids, in->positions, in->slots, see->line_of, see->context, see->visible, in->wanted};
-        for (int f = 0; f < 7; f++) *(int64_t *)fields[f] = line[f];
-        failed = few_drafts(tokens + *depth * width, probs + *depth * width, width, rows, *depth, e, blocks, count, &one, in, cos, sin,
-                            turn, scale, eps);
-    }
-    return failed;
 }

@@ -8,19 +8,6 @@
 /* Vectors of queries side by side; slots at a time; of these, in registers: WIDE * KEYS sums, and what is added to them. */
 enum { WIDE = 3, CHUNK = 64, KEYS = REGISTERS / 4, LINES = LANES * WIDE };
 
-/* Slots [begin, end) of a line of the table, which members [first, first + count) see; if causal, each up to its own place. */
-typedef struct {
-    int64_t line, begin, end, first, count, causal;
-} segment;
-
-/* What all layers of a step have in common; see `grouped_attention`. */
-struct step {
-    const int64_t *table, *line_of, *context, *own, *members, *part_start, *parts;
-    const segment *segments;
-    tree tree;
-    int64_t table_width, rows, num_segments, num_members;
-};
-
 typedef struct grouped_task {
     const step *step;
     const float *query, *keys, *values, *sinks;

@@ -1,6 +1,7 @@
 /* Tokens from scores, a row by itself: temperature, top_k, top_p, min_p and the largest of score + keyed Gumbel noise, as
  * `filters.py` and `noise.py` of the engine room define them. Compiled without reassociation: what is compared has been
  * rounded as it is there. */
+#include "blocks.h"
 #include "lanes.h"
 #include "philox.h"
 #include <stdlib.h>
@@ -10,13 +11,8 @@ typedef double doubles __attribute__((vector_size(8 * LANES)));
 
 enum { BUCKETS = 1024, CANDIDATES = 64 };
 static const float PER_NAT = 64;              /* buckets a nat: they reach 16 nats below the largest score */
+static const float GREEDY_BELOW = 1e-5f;      /* temperatures, as in `params.py` */
 static const double UNIT = 281474976710656.0; /* probabilities are summed in units of 2^-48: no order can be seen */
-
-/* Parameters, a row each. top_k 0, limit (1 - top_p) -1 and min_p 0: off. */
-typedef struct {
-    const float *temperature, *limit, *min_p;
-    const int64_t *top_k, *seeds, *positions;
-} settings;
 
 typedef struct {
     float score;
@@ -182,7 +178,27 @@ static int64_t largest_noisy(const scratch *s, int64_t vocab, cut c, int64_t see
     return chosen;
 }
 
+/* The first of the largest scores; top: these, or NaN where there is one. */
+static int64_t first_of_largest(const float *scores, int64_t vocab, float *top) {
+    const int64_t whole = vocab / LANES * LANES;
+    lanes tops = (lanes){0} - INFINITY;
+    ints wrong = {0};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const lanes x = *(const lanes *)(scores + i);
+        wrong |= x != x;
+        tops = larger(x, tops);
+    }
+    *top = any(wrong) ? NAN : largest(tops);
+    for (int64_t i = whole; i < vocab; i++) *top = scores[i] > *top || scores[i] != scores[i] ? scores[i] : *top;
+    if (!isfinite(*top)) return -1;
+    int64_t i = 0;
+    while (i < whole && !any(*(const lanes *)(scores + i) == *top)) i += LANES;
+    while (scores[i] != *top) i++;
+    return i;
+}
+
 static int64_t draw_row(scratch *s, const settings *a, int64_t row, int64_t vocab, const float *scores, float *top) {
+    if (a->temperature[row] < GREEDY_BELOW) return first_of_largest(scores, vocab, top);
     *top = warm(s, scores, vocab, a->temperature[row]);
     if (!isfinite(*top)) return -1;
     return largest_noisy(s, vocab, filter(s, a, row, vocab, *top), a->seeds[row], a->positions[row]);
@@ -213,7 +229,7 @@ static void likely_greedy(const scratch *s, int64_t vocab, float top, int64_t *i
 /* As `likely_tokens`, a row. */
 static void likely_row(scratch *s, const settings *a, int64_t row, int64_t vocab, const float *scores, int64_t *ids,
                        float *probs, int64_t width) {
-    const int greedy = a->temperature[row] < 1e-5f;
+    const int greedy = a->temperature[row] < GREEDY_BELOW;
     const float top = warm(s, scores, vocab, greedy ? 1.0f : a->temperature[row]);
     for (int64_t j = 0; j < width; j++) ids[j] = isfinite(top) ? -1 : 0, probs[j] = isfinite(top) ? 0 : NAN;
     if (!isfinite(top)) return;
@@ -233,9 +249,12 @@ static void likely_row(scratch *s, const settings *a, int64_t row, int64_t vocab
     }
 }
 
-static int prepare(scratch *s, int64_t vocab) {
+size_t size_of_draw(int64_t vocab) {
+    return (size_t)padded(vocab) * (2 * sizeof(float) + sizeof(entry)) + BUCKETS * (sizeof(int64_t) + sizeof(int32_t));
+}
+
+static int prepare(scratch *s, int64_t vocab, char *memory) {
     const int64_t size = padded(vocab);
-    char *memory = malloc(size * (2 * sizeof(float) + sizeof(entry)) + BUCKETS * (sizeof(int64_t) + sizeof(int32_t)));
     if (!memory) return 1;
     s->entries = (entry *)memory;
     s->sums = (int64_t *)(memory + size * sizeof(entry));
@@ -249,7 +268,7 @@ static int prepare(scratch *s, int64_t vocab) {
     int failed = 0; \
     _Pragma("omp parallel if (rows > 1 && rows * vocab > 8192)") { \
         scratch s = {0}; \
-        if (prepare(&s, vocab)) failed = 1; \
+        if (prepare(&s, vocab, malloc(size_of_draw(vocab)))) failed = 1; \
         _Pragma("omp for schedule(dynamic)") for (int64_t row = 0; row < rows; row++) { \
             if (s.entries) { __VA_ARGS__; } \
         } \
@@ -257,8 +276,15 @@ static int prepare(scratch *s, int64_t vocab) {
     } \
     return failed;
 
-/* tokens[row] from scores [rows, vocab], rows `line` floats apart; tops[row]: the largest score over the temperature. A row
- * whose largest is not finite gets the token -1. Returns 0, or 1 where memory ran out. */
+/* The token of one row from its scores, and their largest, see `draw_tokens`; memory: `size_of_draw`, of 64 bytes' alignment. */
+int64_t draw_token(void *memory, const float *scores, int64_t vocab, const settings *a, int64_t row, float *top) {
+    scratch s = {0};
+    prepare(&s, vocab, memory);
+    return draw_row(&s, a, row, vocab, scores, top);
+}
+
+/* tokens[row] from scores [rows, vocab], rows `line` floats apart; tops[row]: the largest score over the temperature, of a greedy
+ * row as it is. A row whose largest is not finite gets the token -1. Returns 0, or 1 where memory ran out. */
 int draw_tokens(int64_t *tokens, float *tops, const float *scores, int64_t line, int64_t rows, int64_t vocab,
                 const float *temperature, const float *limit, const float *min_p, const int64_t *top_k, const int64_t *seeds,
                 const int64_t *positions) {
@@ -267,7 +293,7 @@ int draw_tokens(int64_t *tokens, float *tops, const float *scores, int64_t line,
 }
 
 /* The `width` tokens [rows, width] most likely to be drawn: those with the largest score + noise of a row's likeliest ones, and
- * the softmax of these sums; of a row of a temperature under 1e-5, which is greedy: the largest scores, and their softmax.
+ * the softmax of these sums; of a greedy row: the largest scores, and their softmax.
  * Missing ones have the id -1; odds are NaN where the largest score is not finite. */
 int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores, int64_t line, int64_t rows, int64_t vocab,
                   const float *temperature, const float *limit, const float *min_p, const int64_t *top_k, const int64_t *seeds,

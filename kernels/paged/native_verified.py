@@ -1,0 +1,218 @@
+"""Steps with drafts on a CPU, several in one compiled call: `few_verified` of `csrc/verified.c`. Optional."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from hf_paged.kernels.groups import LEAST_CAUSAL, least_together
+from hf_paged.kernels.native import address, native_ops
+from hf_paged.kernels.native_blocks import FewModel
+
+NODES, DEPTHS, MATCHES = 62, 3, 7  # drafts of a row; depths and matches whose odds are kept apart
+NOBODY, TEXT, MODEL = range(3)  # who drafted
+_I, _D, _P = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+def _fields(integers: str, pointers: str = "", doubles: str = "") -> list[tuple[str, type]]:
+    kinds = (pointers, _P), (integers, _I), (doubles, _D)
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [("ends", _P), ("blocks", _P), ("count", _I), ("sizes", _P), ("factors", _P)]
+
+
+class _Row(ctypes.Structure):
+    _fields_ = [
+        *[("text", _P), ("length", _I), ("slots", _I), ("left", _I), ("known", _I), ("stops", _P), ("num_stops", _I)],
+        *[("taken", _D * 2), ("expected", _D * 2), ("value", _D)],
+    ]
+
+
+class _Record(ctypes.Structure):
+    _fields_ = _fields("done spoilt", "counts nodes paths tokens chains")
+    _fields_ += [("odds", _P), ("seconds", _P)]
+
+
+class Rules(ctypes.Structure):
+    """What is drafted; see `rules` in `verified.h`. Arrays are given by `with_tables`."""
+
+    _fields_ = [
+        *_fields("ngram deepest usual chain width kinds"),
+        *[("looked", _P), ("drafted", _P), ("seconds", _P), ("forward", _P)],
+        *[("most", _I), ("together", _I), ("least_slots", _I)],
+        *_fields("", "", "margin cheapest least plain behind row_decay row_trust expected price"),
+    ]
+
+    def with_tables(self, looked: np.ndarray, drafted: np.ndarray, seconds: np.ndarray, forward: np.ndarray) -> Rules:
+        """Odds of what is looked up, float32 `[DEPTHS, MATCHES]`, and of a model's drafts, `[DEPTHS, 3 * kinds]`;
+        seconds, float64, of a step by its number of drafts, and of the draft model's forward by that of its lines."""
+        self._alive = looked, drafted, seconds, forward
+        self.looked, self.drafted, self.seconds, self.forward = (address(table) for table in self._alive)
+        self.most = len(seconds) - 1
+        return self
+
+
+@dataclass(slots=True)
+class TextRow:
+    """A row before its steps.
+
+    Attributes:
+        text: int64, its tokens, with room for those that it may have yet.
+        length: how many are known; KV of all but the last is stored, and of `known` that of the draft model.
+        slots: that its pages have. left: tokens that it may have yet. stops: ids that end it.
+        records: drafts taken and expected so far, of its text and of a draft model.
+        value: what a token of it is worth.
+    """
+
+    text: np.ndarray
+    length: int
+    slots: int
+    left: int
+    stops: Sequence[int]
+    known: int
+    records: tuple[tuple[float, float], tuple[float, float]]
+    value: float
+
+
+@dataclass(slots=True)
+class Made:
+    """What a step made of a row: drafts that were verified, indices of those that were taken, and tokens drawn."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    kinds: tuple[int, ...]
+    odds: tuple[float, ...]
+    path: tuple[int, ...]
+    drawn: list[int]
+    source: int
+
+
+@dataclass(slots=True)
+class Visit:
+    """What came of several steps.
+
+    Attributes:
+        steps: of each, what it made of each row.
+        seconds: of each, of its forward and of drafting. chains: tokens that the draft model took in at first, its
+            depth, and its lines in all.
+        known: tokens of each row of which the draft model's KV is stored.
+        spoilt: whether a number was not finite in the step that would have been next: it is to be made anew.
+    """
+
+    steps: list[list[Made]]
+    seconds: list[list[float]]
+    chains: list[list[int]]
+    known: list[int]
+    spoilt: bool
+
+
+class VerifiedOp:
+    """Steps of rows that have one token each to compute, and drafts behind it.
+
+    Args:
+        page_size: of the pages of both models.
+    """
+
+    def __init__(self, library: ctypes.CDLL, page_size: int) -> None:
+        self._run, self.page_size = library.few_verified, page_size
+        self._run.argtypes = [_P, _P, _P, _P, _I, _P, _P, _P, _I, _I]
+        self._sights = np.zeros((2, 6), np.int64)
+
+    def __call__(
+        self,
+        models: tuple[FewModel, FewModel | None],
+        rows: Sequence[TextRow],
+        rules: Rules,
+        parameters: Sequence[np.ndarray],
+        table: np.ndarray,
+        steps: int,
+    ) -> Visit:
+        """No step follows one in which a row ends, or behind which there are no slots.
+
+        Args:
+            models: target and the draft model, if there is one; both must name frequencies, and no window hides
+                anything.
+            parameters: as `SamplingOps` takes them. table: int64 `[rows, pages]`, with pages for all drafts; no page
+                stands twice.
+
+        Raises:
+            IndexError: a token that a model does not have.
+            MemoryError: there was none for the lines' numbers on their way.
+        """
+        rules.together, rules.least_slots = least_together(models[0].sharing), LEAST_CAUSAL
+        count, room = len(rows), NODES * len(rows) * steps
+        lines = max(count + min(rules.most, NODES * count), sum(row.length - row.known for row in rows))
+        kept, given = [], (_Row * count)()
+        for entry, row in zip(given, rows, strict=True):
+            stops = np.array([*row.stops, 0], np.int64)
+            kept.append(stops)
+            entry.text, entry.length, entry.slots, entry.left = address(row.text), row.length, row.slots, row.left
+            entry.known, entry.stops, entry.num_stops, entry.value = (
+                row.known,
+                address(stops),
+                len(row.stops),
+                row.value,
+            )
+            for source, (taken, expected) in enumerate(row.records):
+                entry.taken[source], entry.expected[source] = taken, expected
+        counts, chains = np.zeros((steps, count, 4), np.int64), np.zeros((steps, 3), np.int64)
+        nodes, paths, tokens = (
+            np.empty((room, 3), np.int64),
+            np.empty(room, np.int64),
+            np.empty(room + count * steps, np.int64),
+        )
+        odds, seconds = np.empty(room, np.float32), np.empty((steps, 2))
+        arrays = counts, nodes, paths, tokens, chains
+        out = _Record(*(address(part) for part in arrays), 0, 0, address(odds), address(seconds))
+        settings = np.array([address(part) for part in parameters], np.int64)
+        made = [self._model(model, sight, table.shape[1]) for model, sight in zip(models, self._sights, strict=True)]
+        target, draft = (None if model is None else ctypes.byref(model[0]) for model in made)
+        places = given, count, ctypes.byref(rules), address(settings), address(table)
+        failed = self._run(ctypes.byref(out), target, draft, *places, steps, lines)
+        if failed == 2:
+            raise IndexError("a token is none of the model's")
+        if failed:
+            raise MemoryError(f"no memory for {lines} lines of {models[0].outputs} numbers")
+        done, (n, taken, drawn, _) = out.done, counts.sum((0, 1)).tolist()
+        parts = nodes[:n].tolist(), odds[:n].tolist(), paths[:taken].tolist(), tokens[:drawn].tolist()
+        steps_made = _presented(counts[:done].tolist(), *parts)
+        known = [entry.known for entry in given]
+        return Visit(steps_made, seconds[:done].tolist(), chains[:done].tolist(), known, bool(out.spoilt))
+
+    def _model(
+        self, model: FewModel | None, sight: np.ndarray, pages: int
+    ) -> tuple[_Model, np.ndarray, np.ndarray] | None:
+        if model is None:
+            return None
+        model.blocks[:, -1] = address(sight)
+        sizes = np.array([0, *model.sizes, self.page_size, pages], np.int64)
+        factors = np.array([model.turn, model.scale, model.eps], np.float32)
+        return _Model(*model.places, address(sizes), address(factors)), sizes, factors
+
+
+def _presented(counts: list, nodes: list, odds: list, paths: list, tokens: list) -> list[list[Made]]:
+    """What lies one behind another, step by step and row by row."""
+    flat = [entry for step in counts for entry in step]
+    ends = np.array([[0, 0, 0], *(entry[:3] for entry in flat)], np.int64).cumsum(0).tolist()
+    rows = []
+    for entry, (begin, end) in zip(flat, pairwise(ends), strict=True):
+        drawn = tokens[begin[2] : end[2]]
+        if not entry[0]:
+            rows.append(Made((), (), (), (), (), drawn, NOBODY))
+            continue
+        columns, path = zip(*nodes[begin[0] : end[0]], strict=True), tuple(paths[begin[1] : end[1]])
+        rows.append(Made(*columns, tuple(odds[begin[0] : end[0]]), path, drawn, entry[3]))
+    size = len(counts[0]) if counts else 1
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+def verified_op(page_size: int) -> VerifiedOp | None:
+    """The compiled op, to be used by one thread at a time; None where there is none."""
+    ops = native_ops()
+    return None if ops is None else VerifiedOp(ops.library, page_size)
