@@ -132,7 +132,7 @@ class Drafting(Proposers):
         visits = self._visits.get(speculator)
         if visits is None:
             visits = self._visits[speculator] = Visits(speculator)
-        if visits.since >= STALE and not speculator._drafts:
+        if visits.since >= STALE and not speculator.has_drafter:
             visits.since, self._rest, self._rows = 0, FRESH, len(work)
             return None
         speculator.rested(self._rested)
@@ -212,7 +212,7 @@ class Drafting(Proposers):
         each = max(seconds - sum(forward + spent for forward, spent in made), 0.0) / max(len(steps), 1)
         self._resting = False
         drafted = any(verdicts for _, verdicts in steps)
-        if not (drafted or plan.speculator._drafts):  # they are all alike
+        if not (drafted or plan.speculator.has_drafter):  # they are all alike
             count = len(steps)
             forward, tokens = sum(forward for forward, _ in made) / count, sum(tokens for tokens, _ in steps) / count
             made, steps = [(forward, 0.0)], [(tokens, [])]

@@ -274,6 +274,19 @@ def test_a_target_whose_numbers_are_not_finite(models, eager, visits):
     assert any(visit.spoilt for _, visit in visits)
 
 
+def test_logits_of_minus_infinity_are_no_fault(models, eager, visits):
+    model = copy.deepcopy(models[0])
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 23, bias=True)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(models[0].lm_head.weight)
+        model.lm_head.bias.zero_()[5] = -torch.inf
+    prompt, given = [[3, 4, 3, 4]], [SamplingParams(max_tokens=60, ignore_eos=True, **GREEDY)]
+    wanted = tokens(engine_of(model), prompt, given)
+    with engine_of(model, models[1], "draft") as engine:
+        assert tokens(engine, prompt, given) == wanted
+    assert visits and not any(visit.spoilt for _, visit in visits)
+
+
 def test_a_draft_model_that_gives_nan_is_the_end_of_drafting(models, eager, visits):
     model, broken = models[0], copy.deepcopy(models[1])
     broken.model.norm.weight.data[3] = torch.nan

@@ -80,7 +80,7 @@ class Speculator:
         self._reach, self._taken, self._plain, self.free = 0.0, 0, 0.0, 0
         self._steps += 1
         asked = self.texts.due(rows, self._steps)
-        if budget <= 0 or not (asked or self._drafts):
+        if budget <= 0 or not (asked or self.has_drafter):
             self.free = FREE if budget > 0 else 0
             return {}
         cost = self.cost.of(drawn)
@@ -88,7 +88,7 @@ class Speculator:
             return {}  # beside steps that are not known any draft would seem to cost nothing
         ledger = Ledger(cost, self.overhead, tokens, drawn, self.cost.rows) if self.config.adaptive else None
         self._drawn, self._plain = drawn, ledger.seconds(0) if ledger is not None else 0.0
-        drafts = self._drafts and (ledger is None or self.trial.drafts(soon))
+        drafts = self.has_drafter and (ledger is None or self.trial.drafts(soon))
         if not (asked or drafts):
             self.free = 0 if self.trial.trying else FREE
             return {}
@@ -119,7 +119,7 @@ class Speculator:
         return min(self.config.deepest_of_texts, left(row) - 1, budget)
 
     @property
-    def _drafts(self) -> bool:
+    def has_drafter(self) -> bool:
         """Whether there is a draft model that serves."""
         return self.drafter is not None and not self.drafter.failed
 

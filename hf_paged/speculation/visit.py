@@ -110,7 +110,7 @@ class Visits:
         if not spec.cost.of(count).knows(count) or config.confidence_threshold or budget <= 0:
             return None
         model, steps, known = None, MOST, {}
-        if spec._drafts:
+        if spec.has_drafter:
             model = spec.drafter if type(spec.drafter) is DraftModel and spec.drafter.store is not None else None
             if model is None or spec.trial.idle(soon):
                 return None
@@ -191,7 +191,7 @@ class Visits:
     def learn(self, plan: Plan, index: int, verdicts: Sequence[tuple[PlanRow, Verdict]], visit: Visit) -> None:
         """Note what became of the drafts of step `index`."""
         spec = self.speculator
-        spec.begin_step(plan.ledger, plan.soon if index and spec._drafts else None)
+        spec.begin_step(plan.ledger, plan.soon if index and spec.has_drafter else None)
         for planned, verdict in verdicts:
             spec._reach += sum(verdict.proposal.reach())
             spec.learn(planned.row, verdict)
@@ -202,7 +202,7 @@ class Visits:
 
     def rest(self, steps: Sequence[Step], plan: Plan) -> int:
         """Visits for which it is not worth to look again: more and more, where nothing was found."""
-        found = plan.speculator._drafts or any(verdicts for _, verdicts in steps)
+        found = plan.speculator.has_drafter or any(verdicts for _, verdicts in steps)
         self.misses = 0 if found else min(self.misses + 1, LONGEST_REST)
         return self.misses
 

@@ -23,6 +23,10 @@ typedef struct {
     int *failed;
 } rows_task;
 
+/* Of the OpenMP runtime; a compiler may come without its header. */
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
+
 static inline double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -97,6 +101,7 @@ int likely_tokens(int64_t *ids, float *probs, int64_t width, const float *scores
                   const int64_t *positions);
 int64_t draw_token(void *memory, const float *scores, int64_t vocab, const settings *a, int64_t row, float *top);
 size_t size_of_draw(int64_t vocab);
+float largest_score(const float *scores, int64_t vocab);
 int few_drafts(int64_t *tokens, float *probs, int64_t width, const settings *rows, int64_t ahead, const ends *e,
                const model_block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos, const float *sin,
                float turn, float scale, float eps);

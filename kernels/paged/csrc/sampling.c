@@ -178,8 +178,8 @@ static int64_t largest_noisy(const scratch *s, int64_t vocab, cut c, int64_t see
     return chosen;
 }
 
-/* The first of the largest scores; top: these, or NaN where there is one. */
-static int64_t first_of_largest(const float *scores, int64_t vocab, float *top) {
+/* The largest of scores, or NaN where there is one. */
+float largest_score(const float *scores, int64_t vocab) {
     const int64_t whole = vocab / LANES * LANES;
     lanes tops = (lanes){0} - INFINITY;
     ints wrong = {0};
@@ -188,10 +188,17 @@ static int64_t first_of_largest(const float *scores, int64_t vocab, float *top) 
         wrong |= x != x;
         tops = larger(x, tops);
     }
-    *top = any(wrong) ? NAN : largest(tops);
-    for (int64_t i = whole; i < vocab; i++) *top = scores[i] > *top || scores[i] != scores[i] ? scores[i] : *top;
-    if (!isfinite(*top)) return -1;
+    float top = any(wrong) ? NAN : largest(tops);
+    for (int64_t i = whole; i < vocab; i++) top = scores[i] > top || scores[i] != scores[i] ? scores[i] : top;
+    return top;
+}
+
+/* The first of the largest scores, which are `top`. */
+static int64_t first_of_largest(const float *scores, int64_t vocab, float *top) {
+    const int64_t whole = vocab / LANES * LANES;
     int64_t i = 0;
+    *top = largest_score(scores, vocab);
+    if (!isfinite(*top)) return -1;
     while (i < whole && !any(*(const lanes *)(scores + i) == *top)) i += LANES;
     while (scores[i] != *top) i++;
     return i;

@@ -2,7 +2,6 @@
  * to the next token, without calls from Python in between, each of which finds its code swept from the caches by the weights. */
 #include "blocks.h"
 #include "lanes.h"
-#include <omp.h>
 #include <stdlib.h>
 
 /* When a row ends: tokens that it may have yet, and ids that end it, those of row r from begin[r] to begin[r + 1]. */

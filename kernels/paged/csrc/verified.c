@@ -2,7 +2,6 @@
  * tokens are drawn along those that they confirm. Which drafts are worth it is said once for all steps. */
 #include "verified.h"
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -42,14 +41,11 @@ static int64_t lay_out(work *w, const text_row *rows, int64_t count, const sizes
     return line;
 }
 
-static int all_finite(const float *scores, int64_t n) {
-    lanes sums = {0};
-    float rest = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sums += *(const lanes *)(scores + i);
-    for (; i < n; i++) rest += scores[i];
-    for (int l = 0; l < LANES; l++) rest += sums[l];
-    return isfinite(rest);
+/* Whether a token can be drawn from each of these lines. */
+static int all_finite(const float *scores, int64_t lines, int64_t vocab) {
+    for (int64_t l = 0; l < lines; l++)
+        if (!isfinite(largest_score(scores + l * vocab, vocab))) return 0;
+    return 1;
 }
 
 static int ends_row(const text_row *r, int64_t made, int64_t token) {
@@ -67,7 +63,7 @@ static int follow(const work *w, const text_row *r, int64_t row, int64_t vocab, 
     const float *scores = w->scores + w->lines[row] * vocab;
     int64_t node = -1, next;
     *drawn = *taken = 0;
-    if (nodes && !all_finite(scores, (nodes + 1) * vocab)) return 0;
+    if (nodes && !all_finite(scores, nodes + 1, vocab)) return 0;
     for (;; node = next) {
         float top;
         const int64_t token = tokens[*drawn] = draw_token(memory, scores + (node + 1) * vocab, vocab, a, row, &top);
