@@ -61,22 +61,21 @@ def burst_length(work: Sequence[PlanRow], core: EngineCore) -> int:
     most = min(core.stepper.most, core.drafting.leisure) if drafted else core.stepper.most
     if not most or not all(_simple(planned) for planned in work):
         return 0
-    left = np.array([planned.row.request.max_tokens - len(planned.row.output_ids) for planned in work])
+    left = np.array([planned.row.left for planned in work])
     waits = len(core.roster.running) > len(work) or core.roster.waits
     steps = int(min(most, WHILE_OTHERS_WAIT, left.min()) if waits else min(most, left.max()))
-    memory = core.memory
+    while steps > 1 and _fresh(core, work, np.minimum(steps, left)).sum() > core.memory.available:
+        steps //= 2
+    for at in np.flatnonzero(_fresh(core, work, np.minimum(steps, left))).tolist():
+        core.store.copy(core.memory.reserve(work[at].sequence, int(min(steps, left[at]))))
+    return steps
+
+
+def _fresh(core: EngineCore, work: Sequence[PlanRow], slots: np.ndarray) -> np.ndarray:
+    """Pages that each row must take for so many more slots. (Its last one is its own: a slot of it is reserved.)"""
     computed = np.array([planned.sequence.computed for planned in work])
     held = np.array([len(planned.sequence.pages) for planned in work])
-
-    def fresh(steps: int) -> np.ndarray:
-        """Pages that each row must take. (Its last one is its own: a slot of it is reserved.)"""
-        return np.maximum(memory.pages_for(computed + np.minimum(steps, left)) - held, 0)
-
-    while steps > 1 and fresh(steps).sum() > memory.available:
-        steps //= 2
-    for at in np.flatnonzero(fresh(steps)).tolist():
-        core.store.copy(memory.reserve(work[at].sequence, int(min(steps, left[at]))))
-    return steps
+    return np.maximum(core.memory.pages_for(computed + slots) - held, 0)
 
 
 def _simple(planned: PlanRow) -> bool:
@@ -104,9 +103,8 @@ def run_burst(core: EngineCore, work: Sequence[PlanRow], result: StepResult) -> 
         return False
     drawn = core.stepper.run(work, steps)
     if drawn is None:
-        for planned in work:  # of what was reserved, one slot is needed
-            core.memory.rollback(planned.sequence, planned.sequence.computed)
-            core.memory.reserve(planned.sequence, 1)
+        for planned in work:
+            _give_back(core, planned, again=True)
         return False
     alive = list(enumerate(work))
     begun, before, done = time.perf_counter(), core.recorder.forward_seconds, 0
@@ -119,7 +117,7 @@ def run_burst(core: EngineCore, work: Sequence[PlanRow], result: StepResult) -> 
         begun = time.perf_counter()
     core.drafting.made(work, done, core.recorder.forward_seconds - before)
     for _, planned in alive:  # where there were fewer steps: pages for those that were not made
-        core.memory.rollback(planned.sequence, planned.sequence.computed)
+        _give_back(core, planned)
     core.recorder.memory(len(core.roster.running), core.memory.pool.held, core.memory.live_tokens)
     return True
 
@@ -163,10 +161,8 @@ def run_visit(core: EngineCore, work: Sequence[PlanRow], soon: int, result: Step
 def _make_room(core: EngineCore, plan: Plan) -> None:
     """Reserve slots for the steps and the drafts of a visit. Drafts never take the pages of another row."""
     memory, wanted = core.memory, plan.steps * TOKENS_A_STEP + plan.deepest
-    computed = np.array([planned.sequence.computed for planned in plan.work])
-    held = np.array([len(planned.sequence.pages) for planned in plan.work])
     left = np.array([row.left for row in plan.rows])
-    while np.maximum(memory.pages_for(computed + np.minimum(wanted, left)) - held, 0).sum() > memory.available:
+    while _fresh(core, plan.work, np.minimum(wanted, left)).sum() > memory.available:
         wanted //= 2
     for planned, row in zip(plan.work, plan.rows, strict=True):
         copies = memory.reserve(planned.sequence, max(min(wanted, row.left), 1))
@@ -175,7 +171,7 @@ def _make_room(core: EngineCore, plan: Plan) -> None:
         row.slots = len(planned.sequence.pages) * memory.page_size
 
 
-def _give_back(core: EngineCore, planned: PlanRow, again: bool, spoilt: bool) -> None:
+def _give_back(core: EngineCore, planned: PlanRow, again: bool = False, spoilt: bool = False) -> None:
     """Release pages behind what was computed.
 
     Args:

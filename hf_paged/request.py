@@ -117,6 +117,16 @@ class Row:
         return self.sampling.output_ids
 
     @property
+    def left(self) -> int:
+        """Tokens that it may have yet."""
+        return self.request.max_tokens - len(self.output_ids)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids of tokens that end it."""
+        return (*self.sampling.eos_ids, *self.request.params.stop_token_ids)
+
+    @property
     def order(self) -> tuple[float, int, int]:
         """Who goes first: priority, then arrival."""
         return (self.request.params.priority, self.request.number, self.index)

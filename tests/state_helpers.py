@@ -53,3 +53,28 @@ def failing(after, error):
             raise error
 
     return fail
+
+
+def raising_behind(function, left, error):
+    """`function`, which raises `error` behind its `left[0]`-th call from when that was set."""
+
+    def fail(*args):
+        left[0] -= 1
+        made = function(*args)
+        if left[0] == 0:
+            raise error("on purpose")
+        return made
+
+    return fail
+
+
+def answers_despite(engine, prompts, params, error, left):
+    """Results of an engine that is stepped on where `raising_behind` raises."""
+    names = [engine.submit(prompt, given) for prompt, given in zip(prompts, params, strict=True)]
+    found = {}
+    while engine.has_work:
+        try:
+            found |= {result.request_id: result for result in engine.step()}
+        except error:
+            assert left[0] == 0
+    return [found[name] for name in names]

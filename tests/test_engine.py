@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import prompts_of, tiny_llama
+from state_helpers import answers_despite, raising_behind
 from transformers import set_seed
 
 import hf_paged
@@ -412,28 +413,13 @@ def test_logits_processors_of_transformers(model):
 def test_a_forward_that_raises(model, greedy, error, monkeypatch):
     engine = make(model)
     engine.core.stepper = None  # see test_few_steps.py
-    run, left = engine.core.forward, [4]
-
-    def forward(plan):
-        left[0] -= 1
-        if left[0] == 0:
-            run(plan)
-            raise error("on purpose")
-        return run(plan)
-
-    monkeypatch.setattr(engine.core, "forward", forward)
+    left = [4]
+    monkeypatch.setattr(engine.core, "forward", raising_behind(engine.core.forward, left, error))
     with pytest.raises(error):
         engine.generate(PROMPTS, GREEDY)
     assert_idle(engine)
     left[0] = 3
-    names = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
-    found = {}
-    while engine.has_work:
-        try:
-            found |= {result.request_id: result for result in engine.step()}
-        except error:
-            assert left[0] == 0
-    assert tokens(found[name] for name in names) == greedy
+    assert tokens(answers_despite(engine, PROMPTS, [GREEDY] * len(PROMPTS), error, left)) == greedy
     assert_idle(engine)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import prompts_of, tiny_llama
-from state_helpers import tiny_neox
+from state_helpers import answers_despite, raising_behind, tiny_neox
 
 from hf_paged import Engine, SamplingParams
 from hf_paged.integrations.few_stepper import MOST, FewStepper
@@ -146,32 +146,18 @@ def test_what_a_stop_string_leaves_behind_is_thrown_away(tokenizer):
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_an_error_in_a_burst_takes_nothing(model, monkeypatch, error):
+def test_an_error_in_a_burst_takes_nothing(model, error):
     params = params_of("greedy")
     with engine_of(model) as engine:
         wanted = tokens(engine, PROMPTS, params)
-        op, left = engine.core.stepper.op, [2]
-
-        def failing(*args):
-            left[0] -= 1
-            made = op(*args)
-            if not left[0]:
-                raise error("here")
-            return made
-
-        engine.core.stepper.op = failing
+        left = [2]
+        engine.core.stepper.op = raising_behind(engine.core.stepper.op, left, error)
         with pytest.raises(error):
             engine.generate(PROMPTS, params)
         assert_idle(engine)
         left[0] = 3
-        names = [engine.submit(prompt, given) for prompt, given in zip(PROMPTS, params, strict=True)]
-        found = {}
-        while engine.has_work:
-            try:
-                found |= {result.request_id: result for result in engine.step()}
-            except error:
-                assert left[0] == 0
-        assert [found[name].outputs[0].token_ids for name in names] == wanted
+        results = answers_despite(engine, PROMPTS, params, error, left)
+        assert [result.outputs[0].token_ids for result in results] == wanted
         assert_idle(engine)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
+from state_helpers import raising_behind
 from test_contract_interrupts import interrupted_at
 from test_speculation import draft_of, requests, tokens
 
@@ -302,16 +303,7 @@ def test_an_error_in_a_visit_takes_nothing(models, eager, error):
     prompt, given = [3, 4, 5], SamplingParams(max_tokens=60, ignore_eos=True, **GREEDY)
     with engine_of(*models, "draft") as engine:
         wanted = tokens(engine, [prompt], [given])
-        op, left = engine.core.stepper.verified, [2]
-
-        def failing(*args):
-            left[0] -= 1
-            visit = op(*args)
-            if not left[0]:
-                raise error("here")
-            return visit
-
-        engine.core.stepper.verified = failing
+        engine.core.stepper.verified = raising_behind(engine.core.stepper.verified, [2], error)
         with pytest.raises(error):
             engine.generate([prompt], given)
         engine.check()

@@ -17,7 +17,7 @@ from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
 from hf_paged.speculation.texts import RowDrafting, Texts
 from hf_paged.speculation.trial import Trial
-from hf_paged.speculation.worth import Worths, left
+from hf_paged.speculation.worth import Worths
 
 LASTING = 0.99  # of what was expected and taken in the steps before
 FREE = 1 << 30  # steps: as many as the engine likes
@@ -116,7 +116,7 @@ class Speculator:
 
     def _deepest(self, row: Row, budget: int) -> int:
         """Drafts one behind another that can be of use: the last token of a row is drawn behind the last of them."""
-        return min(self.config.deepest_of_texts, left(row) - 1, budget)
+        return min(self.config.deepest_of_texts, row.left - 1, budget)
 
     @property
     def has_drafter(self) -> bool:
@@ -214,10 +214,11 @@ class Speculator:
     def judge(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
         """Learn from what the target made of a row's drafts; `computed` of its tokens were, before."""
         self.learn(planned.row, verdict)
-        if self.drafter is not None and verdict.proposal.source == self.drafter.name:
+        if self._by_model(verdict):
             self.drafter.settle(planned, verdict, computed)
-        elif self._drawn:
-            self.texts.paid(verdict.accepted * self._plain / self._drawn)
+
+    def _by_model(self, verdict: Verdict) -> bool:
+        return self.drafter is not None and verdict.proposal.source == self.drafter.name
 
     def learn(self, row: Row, verdict: Verdict) -> None:
         """Note what became of a row's drafts."""
@@ -229,6 +230,8 @@ class Speculator:
         metrics.accepted_tokens += verdict.accepted
         metrics.verified_steps += 1
         self._taken += verdict.accepted
+        if self._drawn and not self._by_model(verdict):
+            self.texts.paid(verdict.accepted * self._plain / self._drawn)
 
     def begin_step(self, ledger: Ledger, soon: int | None) -> None:
         """A step of a visit begins (see `visit.py`). soon: rows of a step of which a draft model is to be tried."""

@@ -22,7 +22,6 @@ from hf_paged.speculation.lookup import PRIOR
 from hf_paged.speculation.proposal import Proposal, Verdict
 from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.texts import RowDrafting
-from hf_paged.speculation.worth import left
 
 MOST = 16  # steps at a visit
 FAR = 128  # slots that a visit takes at most, about
@@ -181,10 +180,9 @@ class Visits:
         state = RowDrafting.of(row, spec._steps + 1)
         names = "lookup", spec.drafter.name if spec.drafter is not None else "draft"
         records = tuple((r.taken, r.expected) for r in map(state.record, names))
-        stops = (*row.sampling.eos_ids, *row.request.params.stop_token_ids)
         text = state.read_in(row.tokens, row.prompt_length + row.request.max_tokens + NODES)
         length = len(row.tokens)
-        return TextRow(text, length, 0, left(row), stops, length if known is None else known, records, value)
+        return TextRow(text, length, 0, row.left, row.stops, length if known is None else known, records, value)
 
     # -- what came of it
 
@@ -195,8 +193,6 @@ class Visits:
         for planned, verdict in verdicts:
             spec._reach += sum(verdict.proposal.reach())
             spec.learn(planned.row, verdict)
-            if verdict.proposal.source == "lookup":
-                spec.texts.paid(verdict.accepted * spec._plain / spec._drawn)
         if plan.model is not None and visit.chains[index][1]:
             plan.model.drafted(*visit.chains[index], visit.seconds[index][1])
 

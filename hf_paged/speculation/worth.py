@@ -32,15 +32,10 @@ class Worths:
         return {planned: RowDrafting.of(planned.row, step).worth for planned in asked}
 
 
-def left(row: Row) -> int:
-    """Tokens that a row may have yet."""
-    return row.request.max_tokens - len(row.output_ids)
-
-
 def _steps_left(row: Row, step: int) -> float:
     """Steps until a row ends, if it goes on as it did so far."""
     pace = (len(row.output_ids) + PACED) / (step - RowDrafting.of(row, step).begun + PACED)
-    return left(row) / pace
+    return row.left / pace
 
 
 def _ends_by_length(row: Row) -> bool:

@@ -36,11 +36,15 @@ class FewStepper:
         model = self.forward.few_model() if self.op is not None else None
         if model is None or not model.ends[FREQUENCIES]:
             return 0
-        return min(max(int(SECONDS / min(self._paces.values(), default=SECONDS / FIRST)), 1), MOST)
+        return self._within(min(self._paces.values(), default=None))
 
     def _allowed(self, rows: int) -> int:
         """Steps of so many rows at once."""
-        pace = self._paces.get(rows.bit_length())
+        return self._within(self._paces.get(rows.bit_length()))
+
+    @staticmethod
+    def _within(pace: float | None) -> int:
+        """Steps at once, where one takes so long."""
         return FIRST if pace is None else min(max(int(SECONDS / pace), 1), MOST)
 
     def _note(self, rows: int, seconds: Sequence[float]) -> None:
@@ -71,8 +75,7 @@ class FewStepper:
         plan = build_plan(rows, self.page_size)
         each = [planned.row for planned in rows]
         parameters = draw_arrays([(row.sampling.params, row.sampling.seed, row.sampling.position) for row in each])
-        left = [row.request.max_tokens - len(row.output_ids) for row in each]
-        stops = [(*row.sampling.eos_ids, *row.request.params.stop_token_ids) for row in each]
+        left, stops = [row.left for row in each], [row.stops for row in each]
         made = self.op(model, plan.token_ids, plan.positions, plan.rows, parameters, left, stops, steps)
         self._note(len(rows), made[2])
         yield from zip(made[0].tolist(), made[1].tolist(), strict=True)

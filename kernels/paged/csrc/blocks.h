@@ -1,5 +1,6 @@
-/* A forward over a few lines: what it is made of, what it takes from the other files, and who calls it. All functions but `share_groups` and the last ones are called by
- * every thread of a team, which share the work; they have all done theirs when one returns, but for the attentions. */
+/* A forward over a few lines: what it is made of, what it takes from the other files, and who calls it. All functions but
+ * `share_groups` and the last ones are called by every thread of a team, which share the work; they have all done theirs when one
+ * returns, but for the attentions. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -133,8 +133,8 @@ static int64_t *room_for(int64_t **memory, int64_t numbers) {
 }
 
 /* Up to `steps` steps of rows of which each is to compute its last token, without pages in common; the one in which a row ends is
- * the last, or one behind which there are no slots. draft: null where a->chain is 0; lines: most
- * of a forward; positions of `given` are moved along. Returns 0, 1 where memory ran out, 2 where there is no such token. */
+ * the last, or one behind which there are no slots. draft_model: null where a->chain is 0; lines: most of a forward; positions of
+ * `given` are moved along. Returns 0, 1 where memory ran out, 2 where there is no such token. */
 int few_verified(record *out, const model *target, const model *draft_model, text_row *rows, int64_t count, const rules *a,
                  const settings *given, const int64_t *table, int64_t steps, int64_t lines) {
     const int64_t vocab = target->ends->outputs;
@@ -189,7 +189,7 @@ int few_verified(record *out, const model *target, const model *draft_model, tex
         }
         for (int64_t r = 0; r < count; r++) {
             const int64_t *path = paths + NODES * r, *own = tokens + (NODES + 1) * r;
-            const int ended = rows[r].left <= drawn[r] || ends_row(rows + r, drawn[r], own[drawn[r] - 1]);
+            const int ended = ends_row(rows + r, drawn[r], own[drawn[r] - 1]);
             move(&w, target, r, rows[r].length - 1, path, taken[r]);
             judge(&w, rows + r, r, path, taken[r], ended, a);
             note(out, &w, rows + r, r, path, own, taken[r], drawn[r]);
