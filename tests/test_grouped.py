@@ -8,6 +8,7 @@ import torch
 
 from hf_paged.kernels import PagedRows, groups, paged_attention, reference
 from hf_paged.kernels.native import native_ops
+from hf_paged.kernels.native_tiles import tile_ops
 from hf_paged.kernels.rows import ALL, TreeMask
 
 pytestmark = pytest.mark.skipif(native_ops() is None, reason="no C compiler: nothing is grouped")
@@ -148,3 +149,87 @@ def test_one_row_alone_has_the_groups_of_many(seed):
     assert (got is None) == (wanted is None)
     for name in ("own", "segments", "members", "part_start", "parts") if got is not None else ():
         assert np.array_equal(getattr(got, name), getattr(wanted, name)), name
+
+
+@pytest.fixture(params=["amx", "float32"])
+def products(request):
+    """Long stretches that many queries share are products of tiles, where the processor multiplies such."""
+    ops = tile_ops()
+    before = ops.by_amx
+    if request.param == "amx" and not ops.use_amx(True):
+        pytest.skip("this processor multiplies no tiles")
+    if request.param == "float32":
+        ops.use_amx(False)
+    yield request.param
+    ops.use_amx(before)
+
+
+def compare_alone(query, keys, values, rows, **settings):
+    """With each query by itself: the reference takes a minute for long rows."""
+    settings = {"scale": query.shape[-1] ** -0.5, **settings}
+    got = paged_attention(query, keys, values, rows(True), **settings)
+    alone = paged_attention(query, keys, values, rows(False), **settings)
+    torch.testing.assert_close(got, alone, atol=5e-6, rtol=1e-5)
+
+
+def prompt(count, past, heads, kv_heads, dim, value_dim, page_size, seed=0):
+    """The chunk of one prompt behind `past` tokens, and what lies in pages that it has not."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    pages = -(-(past + count) // page_size)
+    table = rng.permutation(np.arange(1, pages + 1))[None]
+    keys, values = (torch.randn(pages + 3, kv_heads, page_size, d) for d in (dim, value_dim))
+    keys[[0, -1, -2]], values[[0, -1, -2]] = torch.nan, torch.nan
+
+    def rows(grouped, first=0):
+        lens, context, slots = np.array([count - first]), np.array([past + count]), torch.zeros(count - first)
+        return PagedRows(page_size, 0, lens, context, table, slots, grouped=grouped)
+
+    return torch.randn(count, heads, dim), keys, values, rows
+
+
+LONG = [(6, 2, 64, 64), (4, 2, 128, 128), (3, 1, 96, 32), (8, 2, 64, 128), (2, 2, 128, 40)]
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim, value_dim", LONG)
+@pytest.mark.parametrize("page_size", [5, 16])
+def test_long_prompts(products, heads, kv_heads, dim, value_dim, page_size):
+    compare_alone(*prompt(101, 830, heads, kv_heads, dim, value_dim, page_size))
+
+
+@pytest.mark.parametrize("settings", [{"softcap": 5.0}, {"sinks": torch.linspace(-3, 3, 6)}])
+def test_what_models_add_to_long_prompts(products, settings):
+    compare_alone(*prompt(70, 900, 6, 2, 64, 64, 16), **settings)
+
+
+@pytest.mark.parametrize("rows, shared, own", [(44, 1000, 20), (50, 800, 0), (46, 1011, 100), (90, 790, 3)])
+def test_rows_that_share_a_long_prefix(products, rows, shared, own):
+    rng = np.random.default_rng(rows)
+    torch.manual_seed(rows)
+    made = scene(rng, 16, 6, 2, 64, 64, [0, *[shared // 16] * (rows - 1)], [shared, *[max(own, 1)] * (rows - 1)])
+    assert len(groups.build_groups(made[3](True), 3).segments) >= 2
+    compare_alone(*made)
+
+
+def test_a_prompts_queries_do_not_depend_on_those_beside_them(products):
+    """Bit by bit, with products of tiles: a chunk's later queries by themselves."""
+    if products == "float32":
+        pytest.skip("there a line takes one of two orders of its sums")
+    query, keys, values, rows = prompt(200, 900, 6, 2, 64, 64, 16)
+    whole = paged_attention(query, keys, values, rows(True), scale=0.125)
+    part = paged_attention(query[93:], keys, values, rows(True, 93), scale=0.125)
+    assert torch.equal(whole[93:], part)
+
+
+def test_numbers_of_any_size(products):
+    """What is taken apart has the exponents of float32: large and tiny keys and values, and scores far apart."""
+    query, keys, values, rows = prompt(34, 800, 4, 1, 64, 64, 16)
+    for factor in (1e-30, 1e-3, 1e3, 1e30):
+        scale = 0.125 * factor
+        compare_alone(query, keys / factor, values, rows, scale=scale)
+        got = paged_attention(query, keys / factor, values * factor, rows(True), scale=scale)
+        wanted = paged_attention(query, keys, values, rows(False), scale=0.125)
+        torch.testing.assert_close(got / factor, wanted, atol=5e-6, rtol=1e-5)
+    sharp = reference.paged_attention(query.double(), keys.double(), values.double(), rows(False), scale=4.0)
+    got = paged_attention(query, keys, values, rows(True), scale=4.0)
+    torch.testing.assert_close(got, sharp.float(), atol=5e-5, rtol=1e-4)

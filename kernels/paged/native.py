@@ -32,6 +32,7 @@ EXACT = {
     # Here a line's sums are the same whatever stands beside it.
     "tiles": ("-fno-associative-math",),
     "amx": ("-fno-associative-math",),
+    "grouped_amx": ("-fno-associative-math",),  # what is taken apart is what is left
 }
 SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

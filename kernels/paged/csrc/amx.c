@@ -2,7 +2,7 @@
  * bits each: lines are taken apart so, and the products of their parts with weights that bfloat16 holds exactly are exact in
  * float32, in which they are summed. That is no less accurate than products in float32. */
 #include "tiles.h"
-#if defined __AMX_BF16__ && defined __AVX512BW__
+#ifdef TILES_MULTIPLY
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -36,20 +36,6 @@ void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lin
                 a = _mm512_sub_ps(a, (__m512)a_top), b = _mm512_sub_ps(b, (__m512)b_top);
             }
         }
-}
-
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t lines[16];
-} shapes;
-
-/* Tiles 0 to 3 are sums, 4 and 5 parts of lines, 6 and 7 weights. */
-static void shape_tiles(int64_t lines) {
-    shapes s __attribute__((aligned(64))) = {.palette = 1};
-    for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.lines[i] = i < 6 && lines < TOGETHER ? (uint8_t)(PARTS * lines) : SIDE;
-    __asm__ volatile("" : : "r"(&s) : "memory"); /* compilers know of the first 8 bytes alone that they are read */
-    _tile_loadconfig(&s);
 }
 
 /* sums[2 * a + b]: products of lines a (of one or two tiles) with weights b (of two), 16 x 16. Fetches its part of the weights
@@ -106,7 +92,7 @@ void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t
     const share own = share_of(pairs);
     const int64_t deep = blocks_of(in, DEEP), all = blocks_of(lines, TOGETHER), fit = KEPT / deep > 2 ? KEPT / deep / 2 * 2 : 2;
     if (!lines) return; /* tiles have lines */
-    shape_tiles(lines);
+    shape_tiles(lines < TOGETHER ? PARTS * lines : SIDE);
     for (int64_t first = 0; first < all; first += fit) {
         const int64_t groups = all - first < fit ? all - first : fit;
         for (int64_t pair = own.begin; pair < own.end; pair++) {

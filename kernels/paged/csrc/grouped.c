@@ -1,53 +1,9 @@
 /* Attention where queries share slots: each stretch of slots that many queries see is read once for all of them, and the
  * parts of a query are merged by log-sum-exp (see `groups.py`). Float32. */
-#include "attention.h"
-#include "blocks.h"
-#include <stdlib.h>
-#include <string.h>
-
-/* Vectors of queries side by side; slots at a time; of these, in registers: WIDE * KEYS sums, and what is added to them. */
-enum { WIDE = 3, CHUNK = 64, KEYS = REGISTERS / 4, LINES = LANES * WIDE };
-
-typedef struct grouped_task {
-    const step *step;
-    const float *query, *keys, *values, *sinks;
-    int64_t query_line, heads, kv_heads, dim, value_dim, page;
-    float scale, softcap;
-    int64_t stride; /* of the scores of a row's own slots */
-    int64_t *taken; /* items that threads have taken: of segments, and of rows' own slots */
-    float *out, *partial, *own_tops; /* [rows, heads, value_dim]; [members, heads, value_dim + 2]; [rows, heads, 2] */
-    int64_t *items; /* items before each segment, and in all */
-    int *failed;
-} task;
-
-typedef struct {
-    lanes *query, *out, *scores, top[WIDE], sum[WIDE], before[WIDE]; /* [dim][wide], [value_dim][wide], [CHUNK][wide] */
-    ints limit[WIDE];                                              /* slots that each line sees */
-    float *copy, *own_scores;                                      /* [KEYS][dim]; [group][stride] */
-    int64_t own, at;                                               /* own slots that come next; of these on their way */
-    const float *keys[CHUNK], *values[CHUNK];                      /* of a chunk; past its end the last one again */
-} scratch;
-
-/* Where slots [t, t + n) of a line lie. */
-INLINE void find_slots(const float **slots, const task *a, const float *pages, int64_t line, int64_t head, int64_t dim,
-                       int64_t t, int64_t n) {
-    for (int64_t i = 0; i < n;) {
-        const int64_t at = (t + i) % a->page, page = a->step->table[line * a->step->table_width + (t + i) / a->page];
-        const float *slot = pages + ((page * a->kv_heads + head) * a->page + at) * dim;
-        for (int64_t end = i + a->page - at; i < end && i < n; i++, slot += dim) slots[i] = slot;
-    }
-    for (int64_t i = n; i < CHUNK; i++) slots[i] = slots[n - 1];
-}
+#include "grouped.h"
 
 INLINE void fetch_slots(const float *const *slots, int64_t dim) {
     for (int j = 0; j < KEYS; j++) fetch(slots[j], dim);
-}
-
-INLINE span own_slots(const task *a, const float *pages, int64_t item, int64_t dim) {
-    const step *s = a->step;
-    const int64_t row = item / a->kv_heads;
-    return (span){pages, s->table + s->line_of[row] * s->table_width, s->own[row], s->context[row], item % a->kv_heads,
-                  a->kv_heads, a->page, dim};
 }
 
 /* The next item of rows' own slots; of a row that has none it is noted that nothing is to be merged. */
@@ -62,25 +18,19 @@ static int64_t take_own(const task *a) {
     return item;
 }
 
-/* Where the next of the own slots lie that are computed after this chunk: a loop over what is at hand fetches a line of
- * memory with each round, `floats` in all. So memory works while the processor does. */
+/* Where own slots lie that are computed after this chunk: a loop over what is at hand fetches a line of memory with each round, `floats`
+ * in all. So memory works while the processor does. */
 INLINE const float *coming(const task *a, scratch *s, int64_t floats) {
-    if (s->own >= a->step->rows * a->kv_heads) return s->copy;
-    const span keys = own_slots(a, a->keys, s->own, a->dim), values = own_slots(a, a->values, s->own, a->value_dim);
-    const int64_t count = keys.end - keys.begin, in_values = s->at >= count, t = keys.begin + s->at - (in_values ? count : 0);
-    if (t >= keys.end) return s->copy;
-    const int64_t left = keys.end - t, room = a->page - t % a->page, n = room < left ? room : left;
-    const int64_t fit = floats / (in_values ? a->value_dim : a->dim);
-    s->at += fit > n ? n : fit > 1 ? fit : 1;
-    return slot(in_values ? values : keys, t);
+    const float *from = own_stretch(a, s, &floats);
+    return from ? from : s->copy;
 }
 
 /* Products of all lines with KEYS keys that lie one after another. */
 INLINE void score_keys(lanes *scores, const lanes *query, const float *keys, const float *coming, const int64_t dim,
                        const int wide) {
-    lanes sums[KEYS][WIDE] = {0};
+    lanes sums[KEYS][VECTORS] = {0};
     for (int64_t d = 0; d < dim; d++) {
-        lanes held[WIDE];
+        lanes held[VECTORS];
         __builtin_prefetch(coming + 16 * d, 0, 2);
 #pragma GCC unroll 3
         for (int v = 0; v < wide; v++) {
@@ -114,24 +64,11 @@ INLINE void score_chunk(const task *a, scratch *s, int64_t n, const int64_t dim,
     }
 }
 
-INLINE void cap_chunk(scratch *s, int64_t n, float softcap, const int wide) {
-    for (int64_t i = 0; i < wide * n; i++)
-        for (int l = 0; l < LANES; l++) s->scores[i][l] = softcap * tanhf(s->scores[i][l] / softcap);
-}
-
-/* Slots from `from` on of a chunk that begins at slot t are hidden from lines that do not see so far. */
-INLINE void hide_chunk(scratch *s, int64_t n, int64_t t, int64_t from, const int wide) {
-    for (int64_t i = from > t ? from - t : 0; i < n; i++)
-        for (int v = 0; v < wide; v++) {
-            lanes *score = s->scores + wide * i + v;
-            *score = choose(s->limit[v] > (ints){0} + (int32_t)(t + i), *score, (lanes){0} - INFINITY);
-        }
-}
-
 /* Scores become weights over the largest so far; `before` scales to it what was summed before. */
 INLINE void weigh_chunk(scratch *s, int64_t n, const int wide) {
-    lanes top[WIDE], sum[WIDE] = {0};
-    for (int v = 0; v < wide; v++) top[v] = s->top[v];
+    lanes top[VECTORS], sum[VECTORS] = {0};
+    side_by_side *lines = &s->lines;
+    for (int v = 0; v < wide; v++) top[v] = lines->top[v];
     for (int64_t i = 0; i < n; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < wide; v++) top[v] = larger(s->scores[wide * i + v], top[v]);
@@ -139,23 +76,23 @@ INLINE void weigh_chunk(scratch *s, int64_t n, const int wide) {
 #pragma GCC unroll 3
         for (int v = 0; v < wide; v++) sum[v] += s->scores[wide * i + v] = exp_of_negative(s->scores[wide * i + v] - top[v]);
     for (int v = 0; v < wide; v++) {
-        s->before[v] = exp_of_negative(s->top[v] - top[v]);
-        s->sum[v] = s->sum[v] * s->before[v] + sum[v];
-        s->top[v] = top[v];
+        lines->before[v] = exp_of_negative(lines->top[v] - top[v]);
+        lines->sum[v] = lines->sum[v] * lines->before[v] + sum[v];
+        lines->top[v] = top[v];
     }
 }
 
 /* Adds the weighted values of a chunk, elements [d, d + width) of them. */
 INLINE void add_chunk(scratch *s, int64_t n, int64_t d, const float *coming, const int width, const int wide) {
-    lanes sums[KEYS][WIDE], *out = s->out + wide * d;
+    lanes sums[KEYS][VECTORS], *out = s->out + wide * d;
     const lanes *weight = s->scores;
 #pragma GCC unroll 8
     for (int j = 0; j < width; j++)
 #pragma GCC unroll 3
-        for (int v = 0; v < wide; v++) sums[j][v] = out[wide * j + v] * s->before[v];
+        for (int v = 0; v < wide; v++) sums[j][v] = out[wide * j + v] * s->lines.before[v];
     for (int64_t i = 0; i < n; i++, weight += wide) {
         const float *value = s->values[i] + d;
-        lanes held[WIDE];
+        lanes held[VECTORS];
         __builtin_prefetch(coming + 16 * i, 0, 2);
 #pragma GCC unroll 3
         for (int v = 0; v < wide; v++) {
@@ -189,7 +126,7 @@ INLINE void attend_own(const task *a, float *scores, int64_t item, int64_t then,
 }
 
 /* The own slots that come next, if any are left. Those behind them are known then, so that memory is on its way. */
-static void own_item(const task *a, scratch *s) {
+void own_item(const task *a, scratch *s) {
     const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
     const int64_t item = s->own, all = a->step->rows * a->kv_heads;
     if (item >= all) return;
@@ -203,72 +140,23 @@ static void own_item(const task *a, scratch *s) {
     else OWN(group, dim, value_dim);
 }
 
-/* Lines of `dim` floats, null for one that is not there, side by side: [dim][wide]. */
-INLINE void lay_lines(lanes *out, const float *const *lines, float scale, const int64_t dim, const int wide) {
-    if (dim % LANES) {
-        for (int64_t l = 0; l < LANES * wide; l++)
-            for (int64_t d = 0; d < dim; d++) ((float *)out)[d * LANES * wide + l] = lines[l] ? lines[l][d] * scale : 0;
-        return;
-    }
-    for (int v = 0; v < wide; v++)
-        for (int64_t d = 0; d < dim; d += LANES) {
-            lanes rows[LANES];
-            for (int l = 0; l < LANES; l++)
-                rows[l] = lines[LANES * v + l] ? *(const lanes *)(lines[LANES * v + l] + d) * scale : (lanes){0};
-            transpose(rows);
-            for (int i = 0; i < LANES; i++) out[wide * (d + i) + v] = rows[i];
-        }
-}
-
-/* The same back. */
-INLINE void take_lines(float *const *lines, const lanes *in, const int64_t dim, const int wide) {
-    if (dim % LANES) {
-        for (int64_t l = 0; l < LANES * wide; l++)
-            for (int64_t d = 0; lines[l] && d < dim; d++) lines[l][d] = ((const float *)in)[d * LANES * wide + l];
-        return;
-    }
-    for (int v = 0; v < wide; v++)
-        for (int64_t d = 0; d < dim; d += LANES) {
-            lanes rows[LANES];
-            for (int i = 0; i < LANES; i++) rows[i] = in[wide * (d + i) + v];
-            transpose(rows);
-            for (int l = 0; l < LANES; l++)
-                if (lines[LANES * v + l]) *(lanes *)(lines[LANES * v + l] + d) = rows[l];
-        }
-}
-
 /* One segment, KV head and lines from `first` on; a line is a member's query head. parts: [members, heads, value_dim + 2]. */
-INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
+INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int64_t first, int64_t count, const int64_t dim,
                          const int64_t value_dim, const int wide) {
-    const int64_t group = a->heads / a->kv_heads, left = g.count * group - first, width = LANES * wide;
-    const int64_t lines = left < width ? left : width;
-    int64_t all_see = g.end, any_sees = g.causal ? 0 : g.end;
-    const float *queries[LINES] = {0};
-    float *parts[LINES] = {0};
     memset(s->out, 0, value_dim * wide * sizeof(lanes));
-    for (int v = 0; v < wide; v++) s->sum[v] = (lanes){0}, s->top[v] = (lanes){0} - INFINITY, s->limit[v] = (ints){0} + INT32_MAX;
-    for (int64_t l = 0; l < lines; l++) {
-        const int64_t member = a->step->members[g.first + (first + l) / group], h = head * group + (first + l) % group;
-        queries[l] = a->query + member * a->query_line + h * dim;
-        parts[l] = a->partial + ((g.first + (first + l) / group) * a->heads + h) * (value_dim + 2);
-        if (!g.causal) continue;
-        const int64_t sees = a->step->context[member];
-        ((int32_t *)s->limit)[l] = sees;
-        all_see = sees < all_see ? sees : all_see;
-        any_sees = sees > any_sees ? sees : any_sees;
-    }
-    g.end = any_sees;
-    lay_lines(s->query, queries, a->scale, dim, wide);
-    find_slots(s->keys, a, a->keys, g.line, head, dim, g.begin, g.end - g.begin < CHUNK ? g.end - g.begin : CHUNK);
-    for (int64_t t = g.begin, n, next; t < g.end; t += CHUNK) {
+    gather_lines(&s->lines, a, g, head, first, count);
+    g.end = s->lines.any_sees;
+    lay_lines(s->query, s->lines.queries, a->scale, dim, wide);
+    const span keys = segment_slots(a, a->keys, g, head, dim), values = segment_slots(a, a->values, g, head, value_dim);
+    find_slots(s->keys, chunk_of(keys, g.begin));
+    for (int64_t t = g.begin, n; t < g.end; t += CHUNK) {
         n = g.end - t < CHUNK ? g.end - t : CHUNK;
-        find_slots(s->values, a, a->values, g.line, head, value_dim, t, n);
+        find_slots(s->values, chunk_of(values, t));
         score_chunk(a, s, n, dim, wide);
-        if (a->softcap > 0) cap_chunk(s, n, a->softcap, wide);
-        if (t + n > all_see) hide_chunk(s, n, t, all_see, wide);
+        if (a->softcap > 0) cap_chunk(s->scores, n, a->softcap, wide);
+        hide_chunk(s->scores, &s->lines, n, t, wide);
         weigh_chunk(s, n, wide);
-        next = g.end - t - n < CHUNK ? g.end - t - n : CHUNK;
-        if (next) find_slots(s->keys, a, a->keys, g.line, head, dim, t + n, next);
+        if (t + n < g.end) find_slots(s->keys, chunk_of(keys, t + n));
         int64_t d = 0;
         for (; d + KEYS <= value_dim; d += KEYS) { /* keys of the next chunk are on their way meanwhile */
             fetch_slots(s->keys + d * CHUNK / value_dim / KEYS * KEYS, dim);
@@ -277,19 +165,14 @@ INLINE void attend_lines(const task *a, scratch *s, segment g, int64_t head, int
         for (; d < value_dim; d++) add_chunk(s, n, d, s->copy, 1, wide);
         own_item(a, s);
     }
-    take_lines(parts, s->out, value_dim, wide);
-    for (int64_t l = 0; l < lines; l++) {
-        parts[l][value_dim] = ((float *)s->top)[l];
-        parts[l][value_dim + 1] = ((float *)s->sum)[l];
-    }
+    write_parts(&s->lines, s->out, count, value_dim, wide);
 }
 
-INLINE void attend_segment(const task *a, scratch *s, segment g, int64_t head, int64_t first, const int64_t dim,
+INLINE void attend_segment(const task *a, scratch *s, segment g, int64_t head, int64_t first, int64_t count, const int64_t dim,
                            const int64_t value_dim) {
-    const int64_t left = g.count * (a->heads / a->kv_heads) - first;
-    if (left > 2 * LANES) attend_lines(a, s, g, head, first, dim, value_dim, 3);
-    else if (left > LANES) attend_lines(a, s, g, head, first, dim, value_dim, 2);
-    else attend_lines(a, s, g, head, first, dim, value_dim, 1);
+    if (count > 2 * LANES) attend_lines(a, s, g, head, first, count, dim, value_dim, 3);
+    else if (count > LANES) attend_lines(a, s, g, head, first, count, dim, value_dim, 2);
+    else attend_lines(a, s, g, head, first, count, dim, value_dim, 1);
 }
 
 /* Line `row * heads + head`: weighted values of its own slots, not normalised, are merged with its parts. */
@@ -319,14 +202,23 @@ INLINE void merge(const task *a, int64_t line, const int64_t dim) {
     else if (dim == 128 && value_dim == 128) { CALL(128, 128); } \
     else { CALL(dim, value_dim); }
 
+/* Lines of a segment and KV head that are an item. */
+static int64_t lines_of_item(const task *a, segment g) { return a->amx_lines && tiles_pay(a, g) ? a->amx_lines : LINES; }
+
 /* Item `i` of the segments; items[n] of them lie before segment n. */
 static void segment_item(const task *a, scratch *s, const int64_t *items, int64_t i) {
     int64_t at = 0;
     while (items[at + 1] <= i) at++;
     /* KV heads alternate, so that a thread tends to read the same slots for its next lines. */
-    const int64_t within = i - items[at], head = within % a->kv_heads, first = within / a->kv_heads * LINES;
+    const segment g = a->step->segments[at];
+    const int64_t within = i - items[at], head = within % a->kv_heads, most = lines_of_item(a, g), first = within / a->kv_heads * most;
+    const int64_t left = g.count * (a->heads / a->kv_heads) - first, count = left < most ? left : most;
     const int64_t dim = a->dim, value_dim = a->value_dim;
-#define SEGMENT(D, V) attend_segment(a, s, a->step->segments[at], head, first, D, V)
+    if (a->amx_lines && tiles_pay(a, g)) {
+        attend_blocks(a, s, g, head, first, count);
+        return;
+    }
+#define SEGMENT(D, V) attend_segment(a, s, g, head, first, count, D, V)
     BY_DIM(SEGMENT)
 }
 
@@ -335,12 +227,14 @@ static int work(const task *a, const int64_t *items) {
     const int64_t lines = LINES * sizeof(float), all = a->step->rows * a->kv_heads;
     const size_t floats = KEYS * a->dim + a->heads / a->kv_heads * a->stride;
     scratch s;
-    char *memory = whole_lines(lines * (a->dim + a->value_dim + CHUNK) + sizeof(float) * floats);
+    const size_t blocks = size_of_blocks(a);
+    char *memory = whole_lines(blocks + lines * (a->dim + a->value_dim + CHUNK) + sizeof(float) * floats);
     if (!memory) return 1;
-    s.query = (lanes *)memory;
-    s.out = (lanes *)(memory + lines * a->dim);
-    s.scores = (lanes *)(memory + lines * (a->dim + a->value_dim));
-    s.copy = (float *)(memory + lines * (a->dim + a->value_dim + CHUNK));
+    s.blocks = (struct blocks *)memory;
+    s.query = (lanes *)(memory + blocks);
+    s.out = s.query + VECTORS * a->dim;
+    s.scores = s.out + VECTORS * a->value_dim;
+    s.copy = (float *)(s.scores + VECTORS * CHUNK);
     s.own_scores = s.copy + KEYS * a->dim;
     s.own = take_own(a);
     s.at = 0;
@@ -361,14 +255,17 @@ grouped_task *share_groups(float *out, const float *query, int64_t query_line, c
     int64_t *taken = (int64_t *)(a + 1), *items = taken + 2, longest = 0;
     float *partial = (float *)(taken + whole);
     taken[0] = taken[1] = items[0] = 0;
-    for (int64_t i = 0; i < step->num_segments; i++)
-        items[i + 1] = items[i] + kv_heads * ((step->segments[i].count * (heads / kv_heads) + LINES - 1) / LINES);
     for (int64_t r = 0, own; r < step->rows; r++) {
         own = step->context[r] - step->own[r];
         longest = own > longest ? own : longest;
     }
     *a = (task){step, query, keys, values, sinks, query_line, heads, kv_heads, dim, value_dim, page, scale, softcap,
-                (longest + 31) / 16 * 16, taken, out, partial, partial + parts, items, failed};
+                (longest + 31) / 16 * 16, taken, out, partial, partial + parts, items, 0, failed};
+    a->amx_lines = amx_lines_of(a);
+    for (int64_t i = 0; i < step->num_segments; i++) {
+        const int64_t most = lines_of_item(a, step->segments[i]);
+        items[i + 1] = items[i] + kv_heads * ((step->segments[i].count * (heads / kv_heads) + most - 1) / most);
+    }
     return a;
 }
 

@@ -9,6 +9,8 @@ static int amx; /* whether tiles are multiplied as such */
 /* As such if that is wanted and can be. */
 int tiles_by_amx(int wanted) { return amx = wanted && amx_ready(); }
 
+int tiles_are_used(void) { return amx; }
+
 /* Pairs of tiles that outputs are filled up to: of gates and ups, that many outputs each, a pair has one of each. */
 static int64_t pairs_of(int64_t rows, int64_t gated) { return blocks_of(rows, gated ? SIDE : 2 * SIDE); }
 
