@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
-import numpy as np
 import torch
 
+from hf_paged.draft_slots import DraftSlots, with_drafts
 from hf_paged.kernels.native_verified import Visit
-from hf_paged.memory import Memory, OutOfPages
+from hf_paged.memory import Memory
 from hf_paged.plan import PlanRow
 from hf_paged.proposers import Proposers
 from hf_paged.speculation.cost import KNOWN
@@ -40,7 +40,7 @@ class Drafting(Proposers):
 
     def __init__(self, memory: Memory, store: KVStore, measured: Callable[[float], float] | None = None) -> None:
         super().__init__(memory, measured)
-        self.store = store
+        self.slots = DraftSlots(memory, store, self.copied)
         self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
         self._plain = False  # whether the latest step held no prompt
         self._before = 0  # drafts of the step before
@@ -83,7 +83,7 @@ class Drafting(Proposers):
         found: dict[PlanRow, Proposal] = {}
         for speculator, rows in groups.items():
             speculator.rested(self._rested)
-            made = speculator.propose(rows, tokens, drawn, most - tokens, waits, soon, self._reserve)
+            made = speculator.propose(rows, tokens, drawn, most - tokens, waits, soon, self.slots.reserve)
             tokens += sum(map(len, made.values()))
             found |= made
         free = min((speculator.free for speculator in groups), default=0)
@@ -93,7 +93,7 @@ class Drafting(Proposers):
         self._nodes = sum(map(len, found.values()))
         if not found:
             return work, found
-        wider = [self._with_drafts(planned, found.get(planned)) for planned in work]
+        wider = [with_drafts(planned, found.get(planned)) for planned in work]
         drafts = {new: found[old] for old, new in zip(work, wider, strict=True) if old in found}
         # Decodes first, then drafts, then prompts.
         wider.sort(key=lambda planned: 0 if planned.count == 1 else 1 if planned in drafts else 2)
@@ -104,24 +104,6 @@ class Drafting(Proposers):
         self._resting = self._rest > 0 and rows == self._rows
         self._rest, self._rows = self._rest - 1 if self._resting else 0, rows
         return self._resting
-
-    @staticmethod
-    def _with_drafts(planned: PlanRow, proposal: Proposal | None) -> PlanRow:
-        if proposal is None:
-            return planned
-        sequence, count = planned.sequence, 1 + len(proposal)
-        span = proposal.span(sequence.tokens[-1], sequence.computed)
-        return PlanRow(planned.row, sequence, count, count, span)
-
-    def _reserve(self, planned: PlanRow, drafts: int) -> bool:
-        """Make slots for drafts of a row writable. Drafts never take the pages of another row."""
-        try:
-            copies = self.memory.reserve(planned.sequence, 1 + drafts)
-        except OutOfPages:
-            return False
-        self.store.copy(copies)
-        self.copied(copies)
-        return True
 
     def visit(self, work: Rows[PlanRow], most: int, waits: bool, soon: int) -> Plan | None:
         """Several steps of `work`, with drafts; None: they are to be made one by one. Arguments: see `propose`."""
@@ -227,46 +209,10 @@ class Drafting(Proposers):
                 visits.overhead.note(each, max(self._nodes, 1))
 
     def settle(self, work: Rows[PlanRow], drawings: Rows[Drawing], logits: torch.Tensor, sound: bool) -> None:
-        """KV of accepted drafts goes to its place and is committed; pages of the others are released.
-
-        Args:
-            sound: whether all logits are finite.
-        """
-        planned_of = {planned.row: planned for planned in work}
-        judged = [(planned_of[drawing.row], drawing) for drawing in drawings if drawing.proposal is not None]
-        alive = [(planned, drawing) for planned, drawing in judged if drawing.row.sequence is not None]
-        self._clean(alive, logits, sound)
-        for planned, drawing in judged:
-            sequence = drawing.row.sequence
-            if sequence is None:  # its request failed
-                continue
-            computed = sequence.computed
-            # The last token's KV is never stored: a draft that ended the row is not committed.
-            accepted = min(len(drawing.path), sequence.pending - 1)
-            self.memory.commit(sequence, accepted)
-            self.memory.rollback(sequence, sequence.computed)
+        """KV of accepted drafts goes to its place; see `DraftSlots.settle`. Proposers learn what became of theirs."""
+        for planned, drawing, computed in self.slots.settle(work, drawings, logits, sound):
             if drawing.row.request.speculator is not None:  # another row of the request may have given drafting up
                 drawing.row.request.speculator.judge(planned, drawing.verdict, computed - 1)
-
-    def _clean(self, judged: list[tuple[PlanRow, Drawing]], logits: torch.Tensor, sound: bool) -> None:
-        """Move KV of taken branches into place; put zeros where drafts left numbers that are not finite."""
-        sources, targets, bad, at, size = [], [], [], 0, self.memory.page_size
-        lines = [line for _, d in judged for line in range(d.line, d.line + 1 + len(d.proposal))]
-        finite = [True] * len(lines) if sound else logits[lines].amax(1).isfinite().tolist()
-        for planned, drawing in judged:
-            sequence, first = planned.sequence, planned.span.first + 1
-            for node in range(len(drawing.proposal)):
-                if not finite[at + 1 + node]:
-                    bad.append(sequence.slot(first + node, size))
-            at += 1 + len(drawing.proposal)
-            for place, node in enumerate(drawing.path):
-                if place != node:
-                    sources.append(sequence.slot(first + node, size))
-                    targets.append(sequence.slot(first + place, size))
-        if bad:
-            self.store.clear(np.array(bad))
-        if sources:
-            self.store.move(np.array(sources), np.array(targets))
 
     def stats(self, recorder: Recorder) -> SpeculationStats:
         """What became of all drafts; `recorder` knows the rest of the time."""

@@ -312,7 +312,7 @@ def test_where_there_is_nothing_to_do_most_steps_do_not_ask(monkeypatch):
     speculator.texts.purse = -1.0
     while core.has_work:
         core.step()
-    assert 20 <= len(asked) <= 30 and 76 <= speculator._steps <= 80  # of 80 that decode
+    assert 20 <= len(asked) <= 30 and 76 <= speculator.steps <= 80  # of 80 that decode
 
 
 def test_another_row_ends_a_rest():

@@ -14,6 +14,7 @@ from functools import cached_property
 from hf_paged.plan import PlanRow
 from hf_paged.speculation.acceptance import Acceptance, RowRecord
 from hf_paged.speculation.cost import STRAY, CostTable
+from hf_paged.speculation.proposal import MOST_NODES, Proposal
 
 NEAR = 4  # rows that differ by so many steps may end in any order
 FAR = 16  # and by this part of what is left of them
@@ -203,3 +204,28 @@ class Guide:
             if self.ledger.best(made, seconds)[0] > now:
                 return True
         return False
+
+
+def choose(
+    offers: Mapping[PlanRow, Proposal], values: Mapping[PlanRow, float], ledger: Ledger | None, budget: int
+) -> tuple[dict[PlanRow, Proposal], float]:
+    """The drafts that are worth their place, over all rows: those with the best odds first.
+
+    Args:
+        values: what a token of a row is worth, where that is not 1. ledger: None: all do. budget: most of them.
+
+    Returns:
+        them, and how many of them are expected to be taken.
+    """
+    nodes = [
+        (reach * values.get(planned, 1.0), -index, planned, reach)
+        for planned, proposal in offers.items()
+        for index, reach in enumerate(proposal.reach()[:MOST_NODES])
+    ]
+    nodes.sort(key=lambda node: (-node[0], -node[1]))
+    count = budget if ledger is None else min(ledger.best([worth for worth, _, _, _ in nodes])[1], budget)
+    chosen: dict[PlanRow, set[int]] = {}
+    for _, index, planned, _ in nodes[:count]:
+        chosen.setdefault(planned, set()).add(-index)
+    picked = {planned: offers[planned].only(indices) for planned, indices in chosen.items()}
+    return picked, sum(reach for _, _, _, reach in nodes[:count])

@@ -82,6 +82,21 @@ class Proposal:
             tuple(self.origin[i] for i in chosen),
         )
 
+    def only(self, chosen: set[int]) -> Proposal:
+        """The same with only these of its tokens, the likeliest path first: where it is taken, its KV lies in place."""
+        if self._chain:
+            return self if len(chosen) == len(self) else self.pick(sorted(chosen))
+        children: dict[int, list[int]] = {}
+        for index in sorted(chosen):
+            children.setdefault(self.parents[index], []).append(index)
+        order, stack = [], [-1]
+        while stack:
+            node = stack.pop()
+            if node >= 0:
+                order.append(node)
+            stack += sorted(children.get(node, ()), key=lambda index: self.odds[index])
+        return self.pick(order)
+
     def span(self, last: int, computed: int) -> Span:
         """What the target computes: `last`, the row's last token, at place `computed`, and the drafts behind it."""
         tokens = (last, *self.tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
@@ -11,8 +11,8 @@ from hf_paged.speculation.acceptance import Acceptance
 from hf_paged.speculation.config import SpeculationConfig
 from hf_paged.speculation.cost import StepCosts
 from hf_paged.speculation.drafter import Drafter
-from hf_paged.speculation.guide import Guide, Ledger, Overhead
-from hf_paged.speculation.proposal import MOST_NODES, Proposal, Verdict
+from hf_paged.speculation.guide import Guide, Ledger, Overhead, choose
+from hf_paged.speculation.proposal import Proposal, Verdict
 from hf_paged.speculation.stats import Tally
 from hf_paged.speculation.suffix import SuffixIndex
 from hf_paged.speculation.texts import RowDrafting, Texts
@@ -32,7 +32,11 @@ class Speculator:
         cost, overhead: of the target's steps, kept by the engine.
         suffixes: what the suffix proposer knows, shared by all speculators of an engine.
         drafter: a draft model, or the target's first layers.
-        measured: as in `Drafting`.
+        measured: as in `Proposers`.
+
+    Attributes:
+        steps: that were made so far, the present one included.
+        free: steps, the latest included, for which there is nothing to do.
     """
 
     def __init__(
@@ -49,8 +53,7 @@ class Speculator:
         self.texts = Texts(config, self.acceptance, suffixes)
         self.tallies: dict[str, Tally] = {}
         self.trial = Trial()
-        self.free = 0  # steps, the latest included, for which there is nothing to do
-        self._steps = 0
+        self.steps = self.free = 0
         self._plain = 0.0  # seconds of this step, were it without drafts
         self._drawn = 0  # rows that draw in it
         self._reach, self._taken = 0.0, 0  # drafts of this step that are expected to be taken, and that were
@@ -78,8 +81,8 @@ class Speculator:
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
         self._reach, self._taken, self._plain, self.free = 0.0, 0, 0.0, 0
-        self._steps += 1
-        asked = self.texts.due(rows, self._steps)
+        self.steps += 1
+        asked = self.texts.due(rows, self.steps)
         if budget <= 0 or not (asked or self.has_drafter):
             self.free = FREE if budget > 0 else 0
             return {}
@@ -96,8 +99,8 @@ class Speculator:
         depths = {planned: depth for planned, depth in depths.items() if depth > 0}
         if not depths:
             return {}
-        closed = ledger is not None and not waits and 1 < drawn == len(rows)
-        self._values = self._worths.of(rows, depths, ledger, self._steps) if closed else {}
+        closed = ledger is not None and not waits and drawn == len(rows)
+        self._values = self.worths(rows, depths, ledger, self.steps) if closed else {}
         asked = [planned for planned in asked if planned in depths]
         begun = time.perf_counter()
         offers = self._looked_up(asked, depths, ledger)
@@ -107,11 +110,11 @@ class Speculator:
             if ledger is not None and self.config.method == "auto":
                 drafting = self._better_drafted(depths, offers, ledger)
             offers |= self._drafted({planned: depths[planned] for planned in drafting}, ledger, reserve)
-        chosen = self._choose(offers, ledger, budget) if offers else {}
+        chosen, self._reach = choose(offers, self._values, ledger, budget) if offers else ({}, 0.0)
         if ledger is not None:
-            self.texts.put_off(asked, chosen, self._steps, drawn)
+            self.texts.put_off(asked, chosen, self.steps, drawn)
             if not (chosen or drafts or self.trial.trying):
-                self.free = 1 + self.texts.next_look(rows, self._steps + 1)
+                self.free = 1 + self.texts.next_look(rows, self.steps + 1)
         return {planned: proposal for planned, proposal in chosen.items() if reserve(planned, len(proposal))}
 
     def _deepest(self, row: Row, budget: int) -> int:
@@ -130,16 +133,22 @@ class Speculator:
         offers = {}
         for planned in asked:
             least = ledger.cheapest / max(self._value(planned), 1e-9) if ledger is not None else 0.0
-            offer = self.texts.best(planned.row, self._steps, depths[planned], least)
+            offer = self.texts.best(planned.row, self.steps, depths[planned], least)
             if offer is not None:
                 offers[planned] = offer
         return offers
+
+    def worths(
+        self, rows: Sequence[PlanRow], asked: Iterable[PlanRow], ledger: Ledger, step: int
+    ) -> dict[PlanRow, float]:
+        """What a token is worth of those of `rows` that are `asked` about, where no row waits for another's place."""
+        return self._worths.of(rows, asked, ledger, step) if len(rows) > 1 else {}
 
     def _value(self, planned: PlanRow) -> float:
         return self._values.get(planned, 1.0)
 
     def _state(self, row: Row) -> RowDrafting:
-        return RowDrafting.of(row, self._steps)
+        return RowDrafting.of(row, self.steps)
 
     # -- the draft model
 
@@ -175,40 +184,6 @@ class Speculator:
         made = drafter.propose(rows, [min(depth, self.config.deepest) for depth in depths.values()], guide, reserve)
         return {planned: proposal for planned, proposal in zip(rows, made, strict=True) if proposal is not None}
 
-    # -- what is verified
-
-    def _choose(self, offers: dict[PlanRow, Proposal], ledger: Ledger | None, budget: int) -> dict[PlanRow, Proposal]:
-        """The drafts that are worth their place, over all rows: those with the best odds first."""
-        nodes = [
-            (reach * self._value(planned), -index, planned, reach)
-            for planned, proposal in offers.items()
-            for index, reach in enumerate(proposal.reach()[:MOST_NODES])
-        ]
-        nodes.sort(key=lambda node: (-node[0], -node[1]))
-        worths = [worth for worth, _, _, _ in nodes]
-        count = budget if ledger is None else min(ledger.best(worths)[1], budget)
-        self._reach = sum(reach for _, _, _, reach in nodes[:count])
-        chosen: dict[PlanRow, list[int]] = {}
-        for _, index, planned, _ in nodes[:count]:
-            chosen.setdefault(planned, []).append(-index)
-        return {planned: self._in_order(offers[planned], set(indices)) for planned, indices in chosen.items()}
-
-    @staticmethod
-    def _in_order(proposal: Proposal, chosen: set[int]) -> Proposal:
-        """The chosen drafts with the likeliest path first: where it is taken, its KV lies in place already."""
-        if proposal.is_chain:
-            return proposal if len(chosen) == len(proposal) else proposal.pick(sorted(chosen))
-        children: dict[int, list[int]] = {}
-        for index in sorted(chosen):
-            children.setdefault(proposal.parents[index], []).append(index)
-        order, stack = [], [-1]
-        while stack:
-            node = stack.pop()
-            if node >= 0:
-                order.append(node)
-            stack += sorted(children.get(node, ()), key=lambda index: proposal.odds[index])
-        return proposal.pick(order)
-
     # -- what came of it
 
     def judge(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
@@ -233,17 +208,24 @@ class Speculator:
         if self._drawn and not self._by_model(verdict):
             self.texts.paid(verdict.accepted * self._plain / self._drawn)
 
-    def begin_step(self, ledger: Ledger, soon: int | None) -> None:
-        """A step of a visit begins (see `visit.py`). soon: rows of a step of which a draft model is to be tried."""
-        self._reach, self._taken, self.free = 0.0, 0, 0
-        self._steps += 1
+    def learn_step(self, ledger: Ledger, soon: int | None, verdicts: Sequence[tuple[PlanRow, Verdict]]) -> None:
+        """Note what became of the drafts of a step that was not asked about; the draft model knows already.
+
+        Args:
+            soon: rows of a step of which the draft model is to be tried; None: it is not.
+        """
+        self._taken, self.free = 0, 0
+        self._reach = sum(sum(verdict.proposal.reach()) for _, verdict in verdicts)
+        self.steps += 1
         self._drawn, self._plain = ledger.drawn, ledger.seconds(0)
         if soon is not None:
             self.trial.drafts(soon)
+        for planned, verdict in verdicts:
+            self.learn(planned.row, verdict)
 
     def rested(self, steps: int) -> None:
         """So many steps were made without asking."""
-        self._steps += steps
+        self.steps += steps
         self.trial.rested(steps)
 
     def stepped(self, tokens: int, seconds: float, rested: float = 0.0) -> None:

@@ -120,7 +120,7 @@ class Visits:
             if sum(len(planned.row.tokens) - at for planned, at in known.items()) > min(few.most, budget):
                 return None  # it has to read whole prompts
         if config.method == "auto":  # the suffix index is asked step by step
-            steps = min(steps, spec.texts.next_look(work, spec._steps + 1))
+            steps = min(steps, spec.texts.next_look(work, spec.steps + 1))
             if not steps:
                 return None
         ledger, seconds = self._costs(count, min(budget, SIZES + count - 1))
@@ -128,7 +128,7 @@ class Visits:
             drafts = spec.trial.drafts(soon)
             steps = min(steps, 1 + spec.trial.left)
             model = model if drafts else None
-        values = spec._worths.of(work, work, ledger, spec._steps + 1) if count > 1 and not waits else {}
+        values = {} if waits else spec.worths(work, work, ledger, spec.steps + 1)
         self.odds.look()
         rules = self._rules(ledger, model, seconds)
         if model is None:
@@ -177,7 +177,7 @@ class Visits:
 
     def _row(self, planned: PlanRow, known: int | None, value: float) -> TextRow:
         row, spec = planned.row, self.speculator
-        state = RowDrafting.of(row, spec._steps + 1)
+        state = RowDrafting.of(row, spec.steps + 1)
         names = "lookup", spec.drafter.name if spec.drafter is not None else "draft"
         records = tuple((r.taken, r.expected) for r in map(state.record, names))
         text = state.read_in(row.tokens, row.prompt_length + row.request.max_tokens + NODES)
@@ -189,10 +189,7 @@ class Visits:
     def learn(self, plan: Plan, index: int, verdicts: Sequence[tuple[PlanRow, Verdict]], visit: Visit) -> None:
         """Note what became of the drafts of step `index`."""
         spec = self.speculator
-        spec.begin_step(plan.ledger, plan.soon if index and spec.has_drafter else None)
-        for planned, verdict in verdicts:
-            spec._reach += sum(verdict.proposal.reach())
-            spec.learn(planned.row, verdict)
+        spec.learn_step(plan.ledger, plan.soon if index and spec.has_drafter else None, verdicts)
         if plan.model is not None and visit.chains[index][1]:
             plan.model.drafted(*visit.chains[index], visit.seconds[index][1])
 

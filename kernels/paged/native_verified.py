@@ -146,44 +146,20 @@ class VerifiedOp:
             MemoryError: there was none for the lines' numbers on their way.
         """
         rules.together, rules.least_slots = least_together(models[0].sharing), LEAST_CAUSAL
-        count, room = len(rows), NODES * len(rows) * steps
+        count = len(rows)
         lines = max(count + min(rules.most, NODES * count), sum(row.length - row.known for row in rows))
-        kept, given = [], (_Row * count)()
-        for entry, row in zip(given, rows, strict=True):
-            stops = np.array([*row.stops, 0], np.int64)
-            kept.append(stops)
-            entry.text, entry.length, entry.slots, entry.left = address(row.text), row.length, row.slots, row.left
-            entry.known, entry.stops, entry.num_stops, entry.value = (
-                row.known,
-                address(stops),
-                len(row.stops),
-                row.value,
-            )
-            for source, (taken, expected) in enumerate(row.records):
-                entry.taken[source], entry.expected[source] = taken, expected
-        counts, chains = np.zeros((steps, count, 4), np.int64), np.zeros((steps, 3), np.int64)
-        nodes, paths, tokens = (
-            np.empty((room, 3), np.int64),
-            np.empty(room, np.int64),
-            np.empty(room + count * steps, np.int64),
-        )
-        odds, seconds = np.empty(room, np.float32), np.empty((steps, 2))
-        arrays = counts, nodes, paths, tokens, chains
-        out = _Record(*(address(part) for part in arrays), 0, 0, address(odds), address(seconds))
+        given, kept = _given(rows)
+        record = _Room(count, steps)
         settings = np.array([address(part) for part in parameters], np.int64)
         made = [self._model(model, sight, table.shape[1]) for model, sight in zip(models, self._sights, strict=True)]
         target, draft = (None if model is None else ctypes.byref(model[0]) for model in made)
         places = given, count, ctypes.byref(rules), address(settings), address(table)
-        failed = self._run(ctypes.byref(out), target, draft, *places, steps, lines)
+        failed = self._run(ctypes.byref(record.fields), target, draft, *places, steps, lines)
         if failed == 2:
             raise IndexError("a token is none of the model's")
         if failed:
             raise MemoryError(f"no memory for {lines} lines of {models[0].outputs} numbers")
-        done, (n, taken, drawn, _) = out.done, counts.sum((0, 1)).tolist()
-        parts = nodes[:n].tolist(), odds[:n].tolist(), paths[:taken].tolist(), tokens[:drawn].tolist()
-        steps_made = _presented(counts[:done].tolist(), *parts)
-        known = [entry.known for entry in given]
-        return Visit(steps_made, seconds[:done].tolist(), chains[:done].tolist(), known, bool(out.spoilt))
+        return record.visit([entry.known for entry in given])
 
     def _model(
         self, model: FewModel | None, sight: np.ndarray, pages: int
@@ -194,6 +170,41 @@ class VerifiedOp:
         sizes = np.array([0, *model.sizes, self.page_size, pages], np.int64)
         factors = np.array([model.turn, model.scale, model.eps], np.float32)
         return _Model(*model.places, address(sizes), address(factors)), sizes, factors
+
+
+def _given(rows: Sequence[TextRow]) -> tuple[ctypes.Array[_Row], list[np.ndarray]]:
+    """Rows as the op reads them, and what they point to."""
+    kept, given = [], (_Row * len(rows))()
+    for entry, row in zip(given, rows, strict=True):
+        stops = np.array([*row.stops, 0], np.int64)
+        kept.append(stops)
+        entry.text, entry.stops, entry.num_stops = address(row.text), address(stops), len(row.stops)
+        entry.length, entry.slots, entry.left = row.length, row.slots, row.left
+        entry.known, entry.value = row.known, row.value
+        for source, (taken, expected) in enumerate(row.records):
+            entry.taken[source], entry.expected[source] = taken, expected
+    return given, kept
+
+
+class _Room:
+    """For what comes of so many steps of so many rows."""
+
+    def __init__(self, rows: int, steps: int) -> None:
+        room = NODES * rows * steps
+        self.counts, self.chains = np.zeros((steps, rows, 4), np.int64), np.zeros((steps, 3), np.int64)
+        self.nodes, self.paths = np.empty((room, 3), np.int64), np.empty(room, np.int64)
+        self.tokens = np.empty(room + rows * steps, np.int64)
+        self.odds, self.seconds = np.empty(room, np.float32), np.empty((steps, 2))
+        arrays = self.counts, self.nodes, self.paths, self.tokens, self.chains
+        self.fields = _Record(*(address(part) for part in arrays), 0, 0, address(self.odds), address(self.seconds))
+
+    def visit(self, known: list[int]) -> Visit:
+        """What was written there."""
+        done, (n, taken, drawn, _) = self.fields.done, self.counts.sum((0, 1)).tolist()
+        parts = self.nodes[:n], self.odds[:n], self.paths[:taken], self.tokens[:drawn]
+        steps = _presented(self.counts[:done].tolist(), *(part.tolist() for part in parts))
+        spoilt = bool(self.fields.spoilt)
+        return Visit(steps, self.seconds[:done].tolist(), self.chains[:done].tolist(), known, spoilt)
 
 
 def _presented(counts: list, nodes: list, odds: list, paths: list, tokens: list) -> list[list[Made]]:

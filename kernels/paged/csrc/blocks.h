@@ -34,6 +34,13 @@ static inline double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Whether a row ends with a token, its `made`th of `left` that it may have yet; stops: `count` ids that end it. */
+static inline int ends_row(int64_t token, int64_t made, int64_t left, const int64_t *stops, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (stops[i] == token) return 1;
+    return made >= left;
+}
+
 typedef struct step step; /* of grouped.c */
 typedef struct grouped_task grouped_task;
 

@@ -9,14 +9,6 @@ typedef struct {
     const int64_t *left, *begin, *ids;
 } limits;
 
-/* Whether row r ends with a token, its `made`th. */
-static int ends_with(const limits *l, int64_t r, int64_t made, int64_t token) {
-    if (token < 0 || made >= l->left[r]) return 1;
-    for (int64_t i = l->begin[r]; i < l->begin[r + 1]; i++)
-        if (l->ids[i] == token) return 1;
-    return 0;
-}
-
 /* Up to `steps` of them; the one in which a row ends is the last. tokens, tops [steps, rows]: as `draw_tokens` has them; seconds
  * [steps]: of each; done: how many there were. What `in`, the rows' positions and the slots that they see, `context`, say of the
  * first step is moved along; so is where a group's last slot is a row's own, `own`, null where there are no groups. Returns what `few_forward` does. */
@@ -39,7 +31,7 @@ int few_steps(int64_t *tokens, float *tops, double *seconds, int64_t *done, int6
             tokens[r] = draw_token(memory + room * (size_t)omp_get_thread_num(), scores + r * e->outputs, e->outputs, rows, r, tops + r);
         for (int64_t r = 0; r < lines; r++) {
             const int64_t place = ++places[r], page = place / n->page;
-            over |= ends_with(l, r, *done + 1, tokens[r]);
+            over |= tokens[r] < 0 || ends_row(tokens[r], *done + 1, l->left[r], l->ids + l->begin[r], l->begin[r + 1] - l->begin[r]);
             if (own && own[r] == context[r]) own[r]++;
             ids[r] = tokens[r], context[r]++, drawn[r]++;
             if (page < n->table_width) slots[r] = in->table[r * n->table_width + page] * n->page + place % n->page;

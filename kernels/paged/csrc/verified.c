@@ -48,12 +48,6 @@ static int all_finite(const float *scores, int64_t lines, int64_t vocab) {
     return 1;
 }
 
-static int ends_row(const text_row *r, int64_t made, int64_t token) {
-    for (int64_t i = 0; i < r->num_stops; i++)
-        if (r->stops[i] == token) return 1;
-    return made >= r->left;
-}
-
 /* Draws row r's tokens along the drafts that they confirm: tokens, path, and how many of each; 2: the row has ended, 1: it goes on,
  * 0: numbers are not finite. */
 static int follow(const work *w, const text_row *r, int64_t row, int64_t vocab, const settings *a, void *memory, int64_t *tokens,
@@ -69,7 +63,7 @@ static int follow(const work *w, const text_row *r, int64_t row, int64_t vocab, 
         const int64_t token = tokens[*drawn] = draw_token(memory, scores + (node + 1) * vocab, vocab, a, row, &top);
         if (token < 0) return 0;
         ++*drawn, ++((int64_t *)a->positions)[row];
-        if (ends_row(r, *drawn, token)) return 2;
+        if (ends_row(token, *drawn, r->left, r->stops, r->num_stops)) return 2;
         for (next = node + 1; next < nodes; next++)
             if (drafts[next].parent == node && drafts[next].token == token) break;
         if (next >= nodes) return 1;
@@ -126,10 +120,72 @@ static void note(record *out, const work *w, text_row *r, int64_t row, const int
     r->length += drawn, r->left -= drawn;
 }
 
-static int64_t *room_for(int64_t **memory, int64_t numbers) {
-    int64_t *place = *memory;
-    *memory += numbers;
+/* Memory of a call, and what it holds beside `work`: tokens known to the draft model before a step; of each row in the step, how many
+ * tokens were drawn and drafts taken, and which. */
+typedef struct {
+    int64_t *numbers, *known, *drawn, *taken, *paths, *tokens;
+    draft *drafts;
+    float *scores, *floats;
+    char *draws;
+    size_t draw;
+} memory;
+
+static int64_t *room_for(int64_t **at, int64_t numbers) {
+    int64_t *place = *at;
+    *at += numbers;
     return place;
+}
+
+/* Returns whether there was as much. */
+static int find_memory(memory *m, work *w, const rules *a, int64_t count, int64_t lines, int64_t vocab) {
+    const int64_t guesses = (a->chain + 1) * a->width * count;
+    m->draw = (size_of_draw(vocab) + 63) / 64 * 64;
+    m->numbers = calloc((size_t)(12 * lines + 3 + (16 + 2 * NODES + 1) * count + guesses), sizeof *m->numbers);
+    m->drafts = malloc(sizeof *m->drafts * (size_t)(2 * NODES * count));
+    m->scores = whole_lines(sizeof *m->scores * (size_t)(lines * vocab));
+    m->draws = whole_lines(m->draw * (size_t)omp_get_max_threads());
+    m->floats = malloc(sizeof *m->floats * (size_t)(guesses + count));
+    if (!m->numbers || !m->drafts || !m->scores || !m->draws || !m->floats) return 0;
+    int64_t **const by_line[] = {&w->ids,  &w->positions, &w->slots,   &w->line_of, &w->context, &w->visible,
+                                 &w->base, &w->own,       &w->members, &w->parts,   &w->wanted};
+    int64_t **const by_row[] = {&w->lines, &w->source, &w->alive, &w->depth, &w->deepest, &m->known, &m->drawn, &m->taken};
+    int64_t *at = m->numbers;
+    for (int i = 0; i < 11; i++) *by_line[i] = room_for(&at, lines);
+    for (int i = 0; i < 8; i++) *by_row[i] = room_for(&at, count);
+    w->part_start = room_for(&at, lines + 1), w->segments = (segment *)room_for(&at, 6 * count);
+    w->of = room_for(&at, count + 1), w->from = room_for(&at, count + 1);
+    w->guesses = room_for(&at, a->chain * a->width * count), w->said = room_for(&at, a->width * count);
+    m->paths = room_for(&at, NODES * count), m->tokens = room_for(&at, (NODES + 1) * count);
+    w->offers = m->drafts, w->nodes = m->drafts + NODES * count;
+    w->reach = m->floats, w->likely = m->floats + count, w->probs = w->likely + a->chain * a->width * count;
+    w->capacity = lines, w->scores = m->scores;
+    return 1;
+}
+
+static void free_memory(const memory *m) { free(m->numbers), free(m->drafts), free(m->scores), free(m->draws), free(m->floats); }
+
+/* The target's forward over rows and drafts: returns what `few_forward` does. */
+static int verify(work *w, const text_row *rows, int64_t count, const rules *a, const model *target, double *seconds) {
+    target->sizes->lines = lay_out(w, rows, count, target->sizes, a);
+    *(sight *)target->blocks->sight = w->see;
+    const inputs in = {w->ids, w->positions, w->slots, w->table, w->wanted, target->sizes->lines};
+    const double begun = seconds_now();
+    const int failed = few_forward(w->scores, target->ends, target->blocks, target->count, target->sizes, &in, 0, 0, target->factors[0],
+                                   target->factors[1], target->factors[2]);
+    *seconds = seconds_now() - begun;
+    return failed;
+}
+
+/* Draws all rows' tokens: 0 where a number is not finite, 2 where a row ends, else 1. */
+static int draw_all(const work *w, const memory *m, const text_row *rows, int64_t count, int64_t vocab, const settings *given) {
+    int sound = 1, over = 0;
+#pragma omp parallel for schedule(dynamic) if (count > 1) reduction(& : sound) reduction(| : over)
+    for (int64_t r = 0; r < count; r++) {
+        const int state = follow(w, rows + r, r, vocab, given, m->draws + m->draw * (size_t)omp_get_thread_num(),
+                                 m->tokens + (NODES + 1) * r, m->paths + NODES * r, m->drawn + r, m->taken + r);
+        sound &= state > 0, over |= state == 2;
+    }
+    return sound ? 1 + over : 0;
 }
 
 /* Up to `steps` steps of rows of which each is to compute its last token, without pages in common; the one in which a row ends is
@@ -138,65 +194,30 @@ static int64_t *room_for(int64_t **memory, int64_t numbers) {
 int few_verified(record *out, const model *target, const model *draft_model, text_row *rows, int64_t count, const rules *a,
                  const settings *given, const int64_t *table, int64_t steps, int64_t lines) {
     const int64_t vocab = target->ends->outputs;
-    const int64_t guesses = (a->chain + 1) * a->width * count;
-    const size_t numbers = (size_t)(12 * lines + 3 + (16 + 2 * NODES + 1) * count + guesses);
-    int64_t *memory = calloc(numbers, sizeof *memory), *at = memory;
-    draft *drafts = malloc(sizeof *drafts * (size_t)(2 * NODES * count));
-    float *scores = whole_lines(sizeof *scores * (size_t)(lines * vocab));
-    const size_t room = (size_of_draw(vocab) + 63) / 64 * 64;
-    char *draws = whole_lines(room * (size_t)omp_get_max_threads());
-    float *floats = malloc(sizeof *floats * (size_t)(guesses + count));
-    int failed = !memory || !drafts || !scores || !draws || !floats, over = 0;
-    work w = {.offers = drafts, .nodes = drafts + NODES * count};
-    int64_t **const by_line[] = {&w.ids,  &w.positions, &w.slots,      &w.line_of, &w.context, &w.visible,
-                                 &w.base, &w.own,       &w.members, &w.parts, &w.wanted};
-    for (int i = 0; !failed && i < 11; i++) *by_line[i] = room_for(&at, lines);
-    w.part_start = room_for(&at, lines + 1), w.segments = (segment *)room_for(&at, 6 * count);
-    w.of = room_for(&at, count + 1), w.from = room_for(&at, count + 1), w.lines = room_for(&at, count), w.source = room_for(&at, count);
-    w.alive = room_for(&at, count), w.depth = room_for(&at, count), w.deepest = room_for(&at, count);
-    int64_t *known = room_for(&at, count); /* before the step */
-    w.capacity = lines;
-    w.guesses = room_for(&at, a->chain * a->width * count), w.said = room_for(&at, a->width * count);
-    w.reach = floats, w.likely = floats + count, w.probs = w.likely + a->chain * a->width * count;
-    int64_t *drawn = room_for(&at, count), *taken = room_for(&at, count), *paths = room_for(&at, NODES * count);
-    int64_t *tokens = room_for(&at, (NODES + 1) * count);
-    w.table = (int64_t *)table, w.scores = scores;
+    work w = {.table = (int64_t *)table};
+    memory m;
+    int failed = !find_memory(&m, &w, a, count, lines, vocab), over = 0;
     for (out->done = out->spoilt = 0; !failed && !over && out->done < steps; out->done++) {
-        double spent = 0;
-        int sound = 1;
-        for (int64_t r = 0; r < count; r++) over |= rows[r].slots < rows[r].length, known[r] = rows[r].known;
+        for (int64_t r = 0; r < count; r++) over |= rows[r].slots < rows[r].length, m.known[r] = rows[r].known;
         if (over) break;
-        failed = propose(&w, rows, count, a, draft_model, given, out->chains, &spent);
+        out->seconds[1] = 0;
+        failed = propose(&w, rows, count, a, draft_model, given, out->chains, out->seconds + 1);
         if (failed == 3) failed = 0, out->spoilt = 1;
+        if (!failed && !out->spoilt) failed = verify(&w, rows, count, a, target, out->seconds);
         if (failed || out->spoilt) break;
-        target->sizes->lines = lay_out(&w, rows, count, target->sizes, a);
-        *(sight *)target->blocks->sight = w.see;
-        const inputs in = {w.ids, w.positions, w.slots, w.table, w.wanted, target->sizes->lines};
-        const double begun = seconds_now();
-        failed = few_forward(scores, target->ends, target->blocks, target->count, target->sizes, &in, 0, 0, target->factors[0],
-                             target->factors[1], target->factors[2]);
-        if (failed) break;
-        out->seconds[0] = seconds_now() - begun, out->seconds[1] = spent;
-#pragma omp parallel for schedule(dynamic) if (count > 1) reduction(& : sound) reduction(| : over)
+        const int state = draw_all(&w, &m, rows, count, vocab, given);
+        out->spoilt = !state, over = state == 2;
+        if (out->spoilt) break;
         for (int64_t r = 0; r < count; r++) {
-            const int state = follow(&w, rows + r, r, vocab, given, draws + room * (size_t)omp_get_thread_num(),
-                                     tokens + (NODES + 1) * r, paths + NODES * r, drawn + r, taken + r);
-            sound &= state > 0, over |= state == 2;
-        }
-        if (!sound) {
-            out->spoilt = 1;
-            break;
-        }
-        for (int64_t r = 0; r < count; r++) {
-            const int64_t *path = paths + NODES * r, *own = tokens + (NODES + 1) * r;
-            const int ended = ends_row(rows + r, drawn[r], own[drawn[r] - 1]);
-            move(&w, target, r, rows[r].length - 1, path, taken[r]);
-            judge(&w, rows + r, r, path, taken[r], ended, a);
-            note(out, &w, rows + r, r, path, own, taken[r], drawn[r]);
+            const int64_t *path = m.paths + NODES * r, *own = m.tokens + (NODES + 1) * r, drawn = m.drawn[r], taken = m.taken[r];
+            const int ended = ends_row(own[drawn - 1], drawn, rows[r].left, rows[r].stops, rows[r].num_stops);
+            move(&w, target, r, rows[r].length - 1, path, taken);
+            judge(&w, rows + r, r, path, taken, ended, a);
+            note(out, &w, rows + r, r, path, own, taken, drawn);
         }
         out->seconds += 2, out->chains += 3;
     }
-    for (int64_t r = 0; out->spoilt && r < count; r++) rows[r].known = known[r];
-    free(memory), free(drafts), free(scores), free(draws), free(floats);
+    for (int64_t r = 0; out->spoilt && r < count; r++) rows[r].known = m.known[r];
+    free_memory(&m);
     return failed;
 }
