@@ -195,6 +195,7 @@ INLINE void attend_chunks(const task *a, scratch *s, int64_t blocks, span keys, 
             waiting = b->chunks + c % CHUNKS;
         }
     }
+    if (!waiting) return;
     end_weights(b);
     add_block(a, s, waiting, b->out + (b->weighing - b->lines) * 2 * value_dim, b->weighing->before, dim, value_dim);
 }
