@@ -125,16 +125,17 @@ def run_burst(core: EngineCore, work: Sequence[PlanRow], result: StepResult) -> 
 def run_visit(core: EngineCore, work: Sequence[PlanRow], soon: int, result: StepResult) -> bool:
     """Run a step's rows that all decode and for which there is a speculator, several steps with drafts at once. False:
     they must go the long way."""
-    if not core.drafting.speculators or not core.stepper.most or not all(_simple(planned) for planned in work):
+    visits = core.drafting.visits(work, soon) if core.stepper.most else None
+    if visits is None or not all(_simple(planned) for planned in work):
         return False
-    if not work or len({planned.sequence.pages[0] for planned in work}) < len(work):
+    if len({planned.sequence.pages[0] for planned in work}) < len(work):
         return False  # rows with pages in common are computed together
     most = min(core.settings.max_batch_tokens, core.stepper.lines)
     longest = max(planned.sequence.computed for planned in work) + MOST * TOKENS_A_STEP + NODES
     if longest > core.stepper.slots:
         return False
     waits = core.roster.waits or len(core.roster.running) > len(work)
-    plan = core.drafting.visit(work, most, waits, soon)
+    plan = core.drafting.visit(visits, work, most, waits, soon)
     if plan is None:
         return False
     plan.steps = min(plan.steps, core.stepper.most, WHILE_OTHERS_WAIT if waits else plan.steps)

@@ -105,15 +105,24 @@ class Drafting(Proposers):
         self._rest, self._rows = self._rest - 1 if self._resting else 0, rows
         return self._resting
 
-    def visit(self, work: Rows[PlanRow], most: int, waits: bool, soon: int) -> Plan | None:
-        """Several steps of `work`, with drafts; None: they are to be made one by one. Arguments: see `propose`."""
+    def visits(self, work: Rows[PlanRow], soon: int) -> Visits | None:
+        """What plans several steps of `work` with drafts at once; None where they are made one by one.
+
+        Args:
+            soon: see `propose`.
+        """
         found = {planned.row.request.speculator for planned in work}
-        if not self.speculators or len(found) > 1 or None in found or (self._rest and len(work) == self._rows):
+        if len(found) != 1 or None in found or (self._rest and len(work) == self._rows):
             return None
         (speculator,) = found
         visits = self._visits.get(speculator)
         if visits is None:
             visits = self._visits[speculator] = Visits(speculator)
+        return visits if visits.serve(soon) else None
+
+    def visit(self, visits: Visits, work: Rows[PlanRow], most: int, waits: bool, soon: int) -> Plan | None:
+        """Several steps of `work`, with drafts; None: they are to be made one by one. Arguments: see `propose`."""
+        speculator = visits.speculator
         if visits.since >= STALE and not speculator.has_drafter:
             visits.since, self._rest, self._rows = 0, FRESH, len(work)
             return None
@@ -145,12 +154,14 @@ class Drafting(Proposers):
 
     def made(self, work: Rows[PlanRow], steps: int, seconds: float) -> None:
         """So many steps without drafts were made at once; their forwards took so long in all."""
-        for _ in range(min(steps, KNOWN)):
+        count = len(work)
+        for _ in range(1 if self.cost.of(count).knows(count) else min(steps, KNOWN)):
             if self._resting:
-                self.cost.note(len(work), len(work), self.measured(seconds / steps))
-            self.forwarded(work, len(work), seconds / steps)
+                self.cost.note(count, count, self.measured(seconds / steps))
+            self.forwarded(work, count, seconds / steps)
         self._forward, self._burst = self.measured(seconds / steps), True
-        self._steps, self._rest = steps, max(self._rest - steps + 1, 0)
+        rest = self._rest - steps + 1
+        self._steps, self._rest = steps, rest if rest + 1 >= self.burst else 0  # a short one would cut a burst short
 
     def stepped(self, seconds: float, tokens: int) -> None:
         """Note what the step took in all, and how many tokens it gave. Of several the first may be none of a rest."""

@@ -12,7 +12,8 @@ from hf_paged.params import SamplingParams
 from hf_paged.scoring import Scoring, ScoringError
 from hf_paged.speculation.config import SpeculationConfig
 
-DRAFTING_PLACES = [f"drafting.{name}" for name in ("propose", "settle", "_reserve", "_clean", "ended", "tidy")]
+DRAFTING_PLACES = [f"drafting.{name}" for name in ("propose", "settle", "ended", "tidy")]
+DRAFTING_PLACES += ["drafting.slots.reserve", "drafting.slots._clean"]
 DRAFTING_PLACES += [f"toy_drafter.{name}" for name in ("forward", "propose", "taken", "copied", "settle", "tidy")]
 DRAFTING_PLACES += ["store.move", "memory.rollback", "outcomes.take"]
 

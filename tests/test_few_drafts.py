@@ -65,7 +65,7 @@ def test_drafts_are_those_of_plans(models, name, params, monkeypatch):
 
 def adaptive(model, draft, monkeypatch, least=0.0, **settings):
     """An engine that drafts at every step what it may, as if it were known to pay."""
-    monkeypatch.setattr(Trial, "drafts", lambda self, rows: True)
+    monkeypatch.setattr(Trial, "drafts", lambda self, rows, promise=None: True)
     monkeypatch.setattr(CostTable, "knows", lambda self, tokens: bool(self))
     monkeypatch.setattr(Guide, "least_of_chain", lambda self: least)
     monkeypatch.setattr(Guide, "least", lambda self: 0.0)

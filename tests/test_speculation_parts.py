@@ -353,3 +353,13 @@ def test_a_first_trial_that_fails_is_soon_repeated():
         drafts = 20.0 if not drafted[-2] else 2.5 if step < 60 else 1.5  # the first of some catches up
         trial.note(2.0 if drafted[-1] else 1.0, drafts if drafted[-1] else 1.0)
     assert not any(drafted[60:300]) and np.mean(drafted[1200:]) > 0.9
+
+
+@pytest.mark.parametrize("promise, rare", [(0.9, True), (1.1, False), (None, False)])
+def test_a_trial_that_fails_as_expected_is_believed(promise, rare):
+    """Where costs and odds had promised no more, it is not repeated as soon as where it surprises."""
+    trial, drafted = Trial(), []
+    for _ in range(2000):
+        drafted.append(trial.drafts(8, None if promise is None else lambda: promise))
+        trial.note(1.6 if drafted[-1] else 1.0, 10.0 if trial._now.fresh else 2.0 if drafted[-1] else 1.0)
+    assert any(drafted[:20]) and any(drafted[50:600]) != rare

@@ -46,7 +46,7 @@ def models():
 @pytest.fixture
 def eager(monkeypatch):
     """Drafts seem to cost nothing, so that steps hold as many as they may."""
-    monkeypatch.setattr(Trial, "drafts", lambda self, rows: True)
+    monkeypatch.setattr(Trial, "drafts", lambda self, rows, promise=None: True)
     monkeypatch.setattr(Trial, "left", 15)
     monkeypatch.setattr(CostTable, "knows", lambda self, tokens: bool(self))
     monkeypatch.setattr(Ledger, "seconds", lambda self, nodes: 1 + 1e-6 * nodes)

@@ -58,7 +58,8 @@ class DraftModel(Drafter):
 
     def taken(self, pages: Rows[int]) -> None:
         """These pages begin anew."""
-        self._filled[list(pages)] = 0
+        for page in pages:  # one or two: a step's rows take theirs one by one
+            self._filled[page] = 0
 
     def copied(self, copies: list[PageCopy]) -> None:
         """Pages were copied."""

@@ -47,7 +47,7 @@ class Drafter:
 
     Attributes:
         cost: of its forwards. seconds: spent in drafting. failed: whether it has given up.
-        measured: as in `Drafting`.
+        measured: as in `Proposers`.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Drafter:
         self.device, self.backend, self.most = device, backend, most
         self.cost, self.seconds, self.failed = CostTable(), 0.0, False
         self.measured: Callable[[float], float] = float
+        self._stale = False  # whether its model may have changed since it was looked at
 
     def propose(
         self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
@@ -75,6 +76,7 @@ class Drafter:
             reserve: makes slots for so many drafts of a row writable, or says that it cannot.
         """
         try:
+            self._look()
             return self._draft(rows, deepest, guide, reserve)
         except Exception as error:
             logger.warning("%s failed: nothing more is drafted by it (%s: %s)", self.name, type(error).__name__, error)
@@ -91,7 +93,25 @@ class Drafter:
         """It failed in drafting for `rows`."""
         self.forget()
 
+    def ready(self) -> bool:
+        """Whether it may draft; where looking at its model fails, `propose` will say so."""
+        try:
+            self._look()
+        except Exception:
+            return False
+        return True
+
+    def _look(self) -> None:
+        """Look at its model, if that may have changed: not before it drafts, since it may never do so."""
+        if self._stale:
+            self.forward.refresh()
+            self._stale = False
+
     # -- what the engine tells
+
+    def look_again(self) -> None:
+        """Its model may have changed."""
+        self._stale = True
 
     def forget(self) -> None:
         """No KV is known any more."""

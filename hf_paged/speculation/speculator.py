@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
@@ -22,6 +23,7 @@ from hf_paged.speculation.worth import Worths
 LASTING = 0.99  # of what was expected and taken in the steps before
 FREE = 1 << 30  # steps: as many as the engine likes
 DRAFTED = 4  # depths of a draft model's drafts that are weighed against those of texts
+SUREST = 4  # one of so many rows has a draft that is taken nearly always
 
 
 class Speculator:
@@ -91,7 +93,7 @@ class Speculator:
             return {}  # beside steps that are not known any draft would seem to cost nothing
         ledger = Ledger(cost, self.overhead, tokens, drawn, self.cost.rows) if self.config.adaptive else None
         self._drawn, self._plain = drawn, ledger.seconds(0) if ledger is not None else 0.0
-        drafts = self.has_drafter and (ledger is None or self.trial.drafts(soon))
+        drafts = self.has_drafter and (ledger is None or self.tries(ledger, soon))
         if not (asked or drafts):
             self.free = 0 if self.trial.trying else FREE
             return {}
@@ -159,6 +161,21 @@ class Speculator:
         expected, price = self.expected_of_model(), self.price_of_model(ledger, len(depths))
         return [p for p in depths if (expected - sum(_reach(offers.get(p)))) * self._value(p) > price]
 
+    def tries(self, ledger: Ledger, soon: int) -> bool:
+        """Whether the draft model is to draft in the next step. soon: as in `propose`."""
+        return self.trial.drafts(soon, partial(self._promise, ledger))
+
+    def _promise(self, ledger: Ledger) -> float:
+        """Tokens a second with drafts of the model for all rows over those without any, as odds and costs have it."""
+        rows, total, reach, one = ledger.drawn, float(ledger.drawn), 1.0, self.drafter.cost.seconds(ledger.drawn)
+        surest = rows // SUREST  # a step may take few of them, the surest ones
+        best = (total + surest) / (ledger.seconds(surest) + one)
+        for depth in range(1, min(DRAFTED, self.config.deepest) + 1):
+            reach *= self.acceptance.any_odds(self.drafter.name, depth)
+            total += rows * reach
+            best = max(best, total / (ledger.seconds(rows * depth) + depth * one))
+        return best / ledger.plain()
+
     def expected_of_model(self) -> float:
         """Drafts of the draft model that are taken in a step, about."""
         reach, expected = 1.0, 0.0
@@ -219,7 +236,7 @@ class Speculator:
         self.steps += 1
         self._drawn, self._plain = ledger.drawn, ledger.seconds(0)
         if soon is not None:
-            self.trial.drafts(soon)
+            self.tries(ledger, soon)
         for planned, verdict in verdicts:
             self.learn(planned.row, verdict)
 

@@ -4,13 +4,16 @@ Estimates of odds and costs say how deep to draft; that drafting never makes a b
 drafts really take. A few steps now and then do what the others do not. How many drafts a step takes varies by far more
 than what is to be found out, and so does a shared machine's speed: tokens are counted as expected (`Speculator` holds
 expectations against what came), and seconds over those of a step without drafts at the machine's present pace; and not
-the latest trial decides, but all of the latest steps of both kinds.
+the latest trial decides, but all of the latest steps of both kinds. One that fails where costs and odds had promised no
+more is believed at once.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median, median_low
 
 TRIED, FEWER = 6, 3  # steps of a trial; of one with several rows, which say more at a time
@@ -36,6 +39,7 @@ class Batch:
         left: steps of the phase. span: steps between trials.
         noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
         tolls: what that took the latest times, in steps without drafts.
+        promise: tokens a second with drafts over those without, as costs and odds have it.
     """
 
     tried: int
@@ -49,6 +53,7 @@ class Batch:
     noted: int = 0
     fresh: bool = False
     tolls: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+    promise: float = inf
 
     @property
     def mode(self) -> bool:
@@ -62,6 +67,8 @@ class Batch:
 
     def _sure(self) -> float:
         """How far what was seen of drafts can be relied on: after a first trial it may have been chance."""
+        if max(self.promise, self.gain()) < 1:
+            return 1.0
         return min(len(self.seen[True]) / (SURE * self.tried), 1.0)
 
     def _rest(self) -> int:
@@ -107,11 +114,16 @@ class Trial:
         self._now: Batch | None = None
         self._last: Batch | None = None
 
-    def drafts(self, rows: int) -> bool:
-        """Whether the next step drafts, of so many rows."""
+    def drafts(self, rows: int, promise: Callable[[], float] | None = None) -> bool:
+        """Whether the next step drafts, of so many rows.
+
+        Args:
+            promise: says how many more tokens a second there would be, as costs and odds have it.
+        """
         size = rows.bit_length()
         self._now = self._last = batch = self._batches.setdefault(size, Batch(TRIED if size < 3 else FEWER))
         if not batch.left:
+            batch.promise = promise() if promise is not None else inf
             batch.turn()
         batch.left -= 1
         return batch.mode

@@ -96,6 +96,13 @@ class Visits:
         self._size = 0, 0  # rows and drafts whose costs are known
         self._known: tuple[Ledger, np.ndarray] | None = None
 
+    def serve(self, soon: int) -> bool:
+        """Whether there may be something to plan. soon: as in `Speculator.propose`."""
+        spec = self.speculator
+        if not spec.config.adaptive or spec.config.method not in ("draft", "lookup", "auto"):
+            return False
+        return not (spec.has_drafter and spec.trial.idle(soon))
+
     def plan(self, work: Sequence[PlanRow], budget: int, waits: bool, soon: int) -> Plan | None:
         """What to do at a visit for rows that each have one token to compute; None: it is to be made step by step.
 
@@ -104,14 +111,12 @@ class Visits:
         """
         spec, count = self.speculator, len(work)
         config = spec.config
-        if not config.adaptive or config.method not in ("draft", "lookup", "auto"):
-            return None
         if not spec.cost.of(count).knows(count) or config.confidence_threshold or budget <= 0:
             return None
         model, steps, known = None, MOST, {}
         if spec.has_drafter:
             model = spec.drafter if type(spec.drafter) is DraftModel and spec.drafter.store is not None else None
-            if model is None or spec.trial.idle(soon):
+            if model is None or not model.ready():
                 return None
             few = getattr(model.forward, "few_model", int)()
             if not few or few.slots < max(len(planned.row.tokens) for planned in work) + FAR:
@@ -125,7 +130,7 @@ class Visits:
                 return None
         ledger, seconds = self._costs(count, min(budget, SIZES + count - 1))
         if model is not None:
-            drafts = spec.trial.drafts(soon)
+            drafts = spec.tries(ledger, soon)
             steps = min(steps, 1 + spec.trial.left)
             model = model if drafts else None
         values = {} if waits else spec.worths(work, work, ledger, spec.steps + 1)

@@ -183,7 +183,7 @@ class ModelEngine:
                 del self._drafters[key]
                 self.core.drafting.drop(drafter)
             else:
-                drafter.forward.refresh()
+                drafter.look_again()
 
     def draw_seed(self) -> int:
         """A seed from torch's generator; of several processes, from the first one's."""
