@@ -145,10 +145,10 @@ def run_visit(core: EngineCore, work: Sequence[PlanRow], soon: int, result: Step
     if visit is not None:
         core.drafting.wrote(plan, visit)
         for each, (seconds, _) in zip(visit.steps, visit.seconds, strict=True):
-            core.recorder.forward(sum(1 + len(made.tokens) for made in each), seconds)
+            core.recorder.forward(sum(1 + len(made.tokens) for made in each if made.drawn), seconds)
             steps.append(_take_drafts(core, plan, each, result))
-            if any(planned.row.sequence is None for planned in work):
-                break  # a stop that the compiled steps did not know of: lines of a row that has ended are no use
+            if all(planned.row.sequence is None for planned in work):
+                break  # stops that the compiled steps did not know of
     for planned in work:
         if planned.row.sequence is not None:
             _give_back(core, planned, not steps, visit is not None and visit.spoilt)
@@ -188,11 +188,11 @@ def _give_back(core: EngineCore, planned: PlanRow, again: bool = False, spoilt: 
 
 
 def _take_drafts(core: EngineCore, plan: Plan, made: Sequence[Made], result: StepResult) -> Step:
-    """Take what one step of a visit made of its rows: how many tokens, and what became of drafts."""
+    """Take what one step of a visit made of its rows."""
     before, rows, verdicts = len(result.ids), 0, []
     for planned, each in zip(plan.work, made, strict=True):
         row, sequence = planned.row, planned.sequence
-        if row.finish_reason or row.sequence is None:
+        if row.finish_reason or row.sequence is None or not each.drawn:
             continue
         rows += 1
         core.memory.commit(sequence, 1)
@@ -211,7 +211,7 @@ def _take_drafts(core: EngineCore, plan: Plan, made: Sequence[Made], result: Ste
             core.outcomes.finish(row)
     generated = len(result.ids) - before
     core.recorder.add(steps=1, rows=rows, generated_tokens=generated)
-    return generated, verdicts
+    return Step(rows, generated, verdicts)
 
 
 def _take_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
@@ -52,6 +53,7 @@ class Drafting(Proposers):
         self._visits: dict[Speculator, Visits] = {}
         self._visited: Visited | None = None
         self._burst = False  # whether the latest steps were made at once, without drafts
+        self._late = 0.0  # seconds that it took to learn from a visit: the next one's, since this one's are counted
 
     def drop(self, drafter: Drafter) -> None:
         super().drop(drafter)
@@ -170,7 +172,9 @@ class Drafting(Proposers):
             return
         visited, self._visited = self._visited, None
         if visited is not None:
-            self._learn(visited, self.measured(seconds))
+            begun = time.perf_counter()
+            self._learn(visited, self.measured(seconds + self._late))
+            self._late = time.perf_counter() - begun
             return
         steps, rested = self._steps, self._rested_seconds
         if self._burst:
@@ -204,18 +208,18 @@ class Drafting(Proposers):
         visits, made = self._visits[plan.speculator], visit.seconds[: len(steps)]
         each = max(seconds - sum(forward + spent for forward, spent in made), 0.0) / max(len(steps), 1)
         self._resting = False
-        drafted = any(verdicts for _, verdicts in steps)
+        drafted = any(step.verdicts for step in steps)
         if not (drafted or plan.speculator.has_drafter):  # they are all alike
             count = len(steps)
-            forward, tokens = sum(forward for forward, _ in made) / count, sum(tokens for tokens, _ in steps) / count
-            made, steps = [(forward, 0.0)], [(tokens, [])]
+            forward, tokens = sum(forward for forward, _ in made) / count, sum(step.tokens for step in steps) / count
+            made, steps = [(forward, 0.0)], [Step(len(plan.work), tokens, [])]
             plan.speculator.rested(count - 1)
             plan.speculator.texts.stepped((count - 1) * (forward + each))
-        for index, ((forward, spent), (tokens, verdicts)) in enumerate(zip(made, steps, strict=True)):
-            self._nodes = sum(len(verdict.proposal) for _, verdict in verdicts)
-            self.forwarded(plan.work, len(plan.work) + self._nodes, forward)
-            visits.learn(plan, index, verdicts, visit)
-            plan.speculator.stepped(tokens, forward + spent + each)
+        for index, ((forward, spent), step) in enumerate(zip(made, steps, strict=True)):
+            self._nodes = sum(len(verdict.proposal) for _, verdict in step.verdicts)
+            self.forwarded(plan.work[: step.rows], step.rows + self._nodes, forward)
+            visits.learn(plan, index, step.verdicts, visit)
+            plan.speculator.stepped(step.tokens, forward + spent + each)
             if drafted:
                 visits.overhead.note(each, max(self._nodes, 1))
 

@@ -24,7 +24,7 @@ from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.guide import MARGIN, Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, lookup
 from hf_paged.speculation.trial import Trial
-from hf_paged.speculation.visit import KINDS
+from hf_paged.speculation.visit import ENDING, KINDS
 
 pytestmark = pytest.mark.skipif(native_ops() is None, reason="there are no compiled ops")
 
@@ -121,6 +121,22 @@ def test_without_anything_made_to_pay(models, method, visits):
         for _ in range(3):
             assert [tokens(engine, [p], [given[0]])[0] for p in prompts] == wanted
     assert visits
+
+
+@pytest.mark.parametrize("method", ["lookup", "draft"])
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_row_that_ends_does_not_end_the_others_visit(models, method, waiting, eager, visits):
+    """Unless another waits for its place."""
+    prompts = [[3 + row, 4, 5] * 4 for row in range(8 + waiting)]
+    lengths = [12, 100, 90, 100, 80, 100, 100, 100, 40][: len(prompts)]
+    given = [SamplingParams(max_tokens=n, ignore_eos=True, seed=n, **GREEDY) for n in lengths]
+    wanted = tokens(engine_of(models[0]), prompts, given)
+    with engine_of(*models, method, max_sequences=8) as engine:
+        assert tokens(engine, prompts, given) == wanted
+        assert engine.stats().pages_free == engine.stats().pages_total
+    outlived = {plan.rules.ending for plan, visit in visits for step in visit.steps if not all(e.drawn for e in step)}
+    assert outlived and 0 not in outlived
+    assert waiting == any(plan.rules.ending == 0 for plan, _ in visits if len(plan.work) >= ENDING)
 
 
 def stored(store, sequence, count):

@@ -20,6 +20,7 @@ NEAR = 4  # rows that differ by so many steps may end in any order
 FAR = 16  # and by this part of what is left of them
 MARGIN = 1.04  # a step with drafts must promise so much more than one without
 NODE = 15e-6  # seconds of a draft outside all forwards
+SOME = 100e-6  # seconds that a step's overhead may have, whatever it was before
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of drafts that stand for all
 AHEAD = 4  # depths that are looked ahead: the first may pay only with those behind it
 
@@ -57,8 +58,8 @@ class Overhead:
 
 def _follow(known: float, seen: float) -> float:
     """A step may stumble, as the first one does: it counts as four times what is known at most, and less than a quicker
-    one."""
-    return known + (min(seen, 4 * known) - known) / (16 if seen > known else 4) if known else seen
+    one. Next to nothing is no measure of what is much."""
+    return known + (min(seen, max(4 * known, SOME)) - known) / (16 if seen > known else 4) if known else seen
 
 
 @dataclass(eq=False)

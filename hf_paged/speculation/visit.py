@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,9 +31,16 @@ NODE = 2e-6  # seconds of a draft outside all forwards
 STALE = 12  # visits behind which what steps without drafts take is measured anew, in so many steps:
 FRESH = 3
 OFTEN = 4  # visits between two looks at odds and costs
+ENDING = 4  # one of so many rows may end before a visit does, where nobody waits for its place
 LONGEST_REST = 4  # visits that are not made where there was nothing to verify in as many
 
-Step = tuple[int, list[tuple[PlanRow, Verdict]]]  # tokens of a step, and what became of its drafts
+
+class Step(NamedTuple):
+    """Rows of a step that had not ended, tokens that it gave, and what became of its drafts."""
+
+    rows: int
+    tokens: int
+    verdicts: list[tuple[PlanRow, Verdict]]
 
 
 @dataclass(eq=False)
@@ -136,6 +144,7 @@ class Visits:
         values = {} if waits else spec.worths(work, work, ledger, spec.steps + 1)
         self.odds.look()
         rules = self._rules(ledger, model, seconds)
+        rules.ending = 0 if waits else count // ENDING
         if model is None:
             known = {}
         rows = [self._row(planned, known.get(planned), values.get(planned, 1.0)) for planned in work]
@@ -200,7 +209,7 @@ class Visits:
 
     def rest(self, steps: Sequence[Step], plan: Plan) -> int:
         """Visits for which it is not worth to look again: more and more, where nothing was found."""
-        found = plan.speculator.has_drafter or any(verdicts for _, verdicts in steps)
+        found = plan.speculator.has_drafter or any(step.verdicts for step in steps)
         self.misses = 0 if found else min(self.misses + 1, LONGEST_REST)
         return self.misses
 

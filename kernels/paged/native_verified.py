@@ -30,7 +30,7 @@ class _Model(ctypes.Structure):
 class _Row(ctypes.Structure):
     _fields_ = [
         *[("text", _P), ("length", _I), ("slots", _I), ("left", _I), ("known", _I), ("stops", _P), ("num_stops", _I)],
-        *[("taken", _D * 2), ("expected", _D * 2), ("value", _D)],
+        *[("taken", _D * 2), ("expected", _D * 2), ("value", _D), ("ended", _I)],
     ]
 
 
@@ -45,7 +45,7 @@ class Rules(ctypes.Structure):
     _fields_ = [
         *_fields("ngram deepest usual chain width kinds"),
         *[("looked", _P), ("drafted", _P), ("seconds", _P), ("forward", _P)],
-        *[("most", _I), ("together", _I), ("least_slots", _I)],
+        *_fields("most together least_slots ending"),
         *_fields("", "", "margin cheapest least plain behind row_decay row_trust expected price"),
     ]
 
@@ -82,7 +82,8 @@ class TextRow:
 
 @dataclass(slots=True)
 class Made:
-    """What a step made of a row: drafts that were verified, indices of those that were taken, and tokens drawn."""
+    """What a step made of a row: drafts that were verified, indices of those that were taken, and tokens drawn; nothing
+    of one that had ended."""
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
@@ -133,7 +134,7 @@ class VerifiedOp:
         table: np.ndarray,
         steps: int,
     ) -> Visit:
-        """No step follows one in which a row ends, or behind which there are no slots.
+        """No step follows one behind which more rows have ended than `rules.ending`, or one has no slots.
 
         Args:
             models: target and the draft model, if there is one; both must name frequencies, and no window hides

@@ -148,9 +148,9 @@ static int by_place(const void *a, const void *b) {
     return x->row != y->row ? (x->row < y->row ? -1 : 1) : (x->index < y->index ? -1 : x->index > y->index);
 }
 
-/* The offers that are worth their place, over all rows, in the order of rows, see `Ledger.best`. */
-static void choose_drafts(work *w, int64_t rows, const rules *a, double spent) {
-    double total = (double)rows, best = a->margin * total / (a->seconds[0] + spent);
+/* The offers that are worth their place, over all rows, in the order of rows, see `Ledger.best`. going: rows that have not ended. */
+static void choose_drafts(work *w, int64_t rows, int64_t going, const rules *a, double spent) {
+    double total = (double)going, best = a->margin * total / (a->seconds[0] + spent);
     const int64_t most = w->offered < a->most ? w->offered : a->most;
     w->chosen = 0;
     qsort(w->offers, (size_t)w->offered, sizeof(draft), by_worth);
@@ -179,12 +179,14 @@ static void choose_drafts(work *w, int64_t rows, const rules *a, double spent) {
 int propose(work *w, text_row *rows, int64_t count, const rules *a, const model *draft, const settings *given, int64_t *tell,
             double *spent) {
     const double begun = seconds_now();
-    int64_t asked = 0, lag = 0;
+    int64_t asked = 0, lag = 0, going = 0;
     w->offered = tell[0] = tell[1] = tell[2] = 0;
     for (int64_t r = 0; r < count; r++) {
         const int64_t room = rows[r].slots - rows[r].length, left = rows[r].left - 1, free = room < left ? room : left;
         const int64_t most = free < NODES ? free : NODES;
         w->of[r] = w->offered, w->source[r] = w->depth[r] = 0;
+        if (rows[r].ended) continue;
+        going++;
         const double found = look_up(w, rows + r, r, most, a);
         if (!a->chain || most <= 0 || (w->source[r] && (a->expected - found) * rows[r].value <= a->price)) continue;
         if (lag + rows[r].length - rows[r].known > w->capacity) continue; /* it has fallen behind */
@@ -199,6 +201,6 @@ int propose(work *w, text_row *rows, int64_t count, const rules *a, const model 
             if (w->depth[r]) offer_guesses(w, rows + r, r, a);
         *spent = seconds_now() - begun;
     }
-    choose_drafts(w, count, a, *spent);
+    choose_drafts(w, count, going, a, *spent);
     return 0;
 }

@@ -14,6 +14,7 @@ static int64_t lay_out(work *w, const text_row *rows, int64_t count, const sizes
         const draft *drafts = w->nodes + w->from[r];
         int tree = 0;
         w->lines[r] = line;
+        if (rows[r].ended) continue;
         for (int64_t i = 0; i < nodes; i++) tree |= drafts[i].parent != i - 1;
         branches |= tree;
         for (int64_t i = 0; i <= nodes; i++, line++) {
@@ -48,8 +49,7 @@ static int all_finite(const float *scores, int64_t lines, int64_t vocab) {
     return 1;
 }
 
-/* Draws row r's tokens along the drafts that they confirm: tokens, path, and how many of each; 2: the row has ended, 1: it goes on,
- * 0: numbers are not finite. */
+/* Draws row r's tokens along the drafts that they confirm: tokens, path, and how many of each; 0 where numbers are not finite. */
 static int follow(const work *w, const text_row *r, int64_t row, int64_t vocab, const settings *a, void *memory, int64_t *tokens,
                   int64_t *path, int64_t *drawn, int64_t *taken) {
     const int64_t nodes = w->from[row + 1] - w->from[row];
@@ -63,7 +63,7 @@ static int follow(const work *w, const text_row *r, int64_t row, int64_t vocab, 
         const int64_t token = tokens[*drawn] = draw_token(memory, scores + (node + 1) * vocab, vocab, a, row, &top);
         if (token < 0) return 0;
         ++*drawn, ++((int64_t *)a->positions)[row];
-        if (ends_row(token, *drawn, r->left, r->stops, r->num_stops)) return 2;
+        if (ends_row(token, *drawn, r->left, r->stops, r->num_stops)) return 1;
         for (next = node + 1; next < nodes; next++)
             if (drafts[next].parent == node && drafts[next].token == token) break;
         if (next >= nodes) return 1;
@@ -176,45 +176,61 @@ static int verify(work *w, const text_row *rows, int64_t count, const rules *a, 
     return failed;
 }
 
-/* Draws all rows' tokens: 0 where a number is not finite, 2 where a row ends, else 1. */
+/* Draws all rows' tokens; 0 where a number is not finite. */
 static int draw_all(const work *w, const memory *m, const text_row *rows, int64_t count, int64_t vocab, const settings *given) {
-    int sound = 1, over = 0;
-#pragma omp parallel for schedule(dynamic) if (count > 1) reduction(& : sound) reduction(| : over)
+    int sound = 1;
+#pragma omp parallel for schedule(dynamic) if (count > 1) reduction(& : sound)
     for (int64_t r = 0; r < count; r++) {
+        if (rows[r].ended) {
+            m->drawn[r] = m->taken[r] = 0;
+            continue;
+        }
         const int state = follow(w, rows + r, r, vocab, given, m->draws + m->draw * (size_t)omp_get_thread_num(),
                                  m->tokens + (NODES + 1) * r, m->paths + NODES * r, m->drawn + r, m->taken + r);
-        sound &= state > 0, over |= state == 2;
+        sound &= state > 0;
     }
-    return sound ? 1 + over : 0;
+    return sound;
 }
 
-/* Up to `steps` steps of rows of which each is to compute its last token, without pages in common; the one in which a row ends is
- * the last, or one behind which there are no slots. draft_model: null where a->chain is 0; lines: most of a forward; positions of
+/* What a step made of a row, behind the draws. */
+static void settle(const work *w, const memory *m, const model *target, text_row *r, int64_t row, const rules *a, record *out) {
+    const int64_t *path = m->paths + NODES * row, *tokens = m->tokens + (NODES + 1) * row, drawn = m->drawn[row], taken = m->taken[row];
+    if (!r->ended) {
+        r->ended = ends_row(tokens[drawn - 1], drawn, r->left, r->stops, r->num_stops);
+        move(w, target, row, r->length - 1, path, taken);
+        judge(w, r, row, path, taken, (int)r->ended, a);
+    }
+    note(out, w, r, row, path, tokens, taken, drawn);
+}
+
+/* Whether the steps are over: so many rows have ended, or one that goes on has no slot left. */
+static int is_over(const text_row *rows, int64_t count, const rules *a) {
+    int64_t ended = 0;
+    for (int64_t r = 0; r < count; r++) {
+        if (!rows[r].ended && rows[r].slots < rows[r].length) return 1;
+        ended += rows[r].ended;
+    }
+    return ended == count || ended > a->ending;
+}
+
+/* Up to `steps` steps of rows of which each is to compute its last token, without pages in common; the one in which more rows end than
+ * may is the last, or one behind which there are no slots. draft_model: null where a->chain is 0; lines: most of a forward; positions of
  * `given` are moved along. Returns 0, 1 where memory ran out, 2 where there is no such token. */
 int few_verified(record *out, const model *target, const model *draft_model, text_row *rows, int64_t count, const rules *a,
                  const settings *given, const int64_t *table, int64_t steps, int64_t lines) {
     const int64_t vocab = target->ends->outputs;
     work w = {.table = (int64_t *)table};
     memory m;
-    int failed = !find_memory(&m, &w, a, count, lines, vocab), over = 0;
-    for (out->done = out->spoilt = 0; !failed && !over && out->done < steps; out->done++) {
-        for (int64_t r = 0; r < count; r++) over |= rows[r].slots < rows[r].length, m.known[r] = rows[r].known;
-        if (over) break;
+    int failed = !find_memory(&m, &w, a, count, lines, vocab);
+    for (out->done = out->spoilt = 0; !failed && out->done < steps && !is_over(rows, count, a); out->done++) {
+        for (int64_t r = 0; r < count; r++) m.known[r] = rows[r].known;
         out->seconds[1] = 0;
         failed = propose(&w, rows, count, a, draft_model, given, out->chains, out->seconds + 1);
         if (failed == 3) failed = 0, out->spoilt = 1;
         if (!failed && !out->spoilt) failed = verify(&w, rows, count, a, target, out->seconds);
+        if (!failed && !out->spoilt) out->spoilt = !draw_all(&w, &m, rows, count, vocab, given);
         if (failed || out->spoilt) break;
-        const int state = draw_all(&w, &m, rows, count, vocab, given);
-        out->spoilt = !state, over = state == 2;
-        if (out->spoilt) break;
-        for (int64_t r = 0; r < count; r++) {
-            const int64_t *path = m.paths + NODES * r, *own = m.tokens + (NODES + 1) * r, drawn = m.drawn[r], taken = m.taken[r];
-            const int ended = ends_row(own[drawn - 1], drawn, rows[r].left, rows[r].stops, rows[r].num_stops);
-            move(&w, target, r, rows[r].length - 1, path, taken);
-            judge(&w, rows + r, r, path, taken, ended, a);
-            note(out, &w, rows + r, r, path, own, taken, drawn);
-        }
+        for (int64_t r = 0; r < count; r++) settle(&w, &m, target, rows + r, r, a, out);
         out->seconds += 2, out->chains += 3;
     }
     for (int64_t r = 0; out->spoilt && r < count; r++) rows[r].known = m.known[r];

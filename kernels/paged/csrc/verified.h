@@ -16,25 +16,27 @@ typedef struct {
 
 /* A row. text: its tokens, with room for those that it may have yet; `length` are known, and KV of all but the last is stored, of
  * `known` that of the draft model. slots: that its pages have. taken, expected: drafts of its text and of the model, which decay;
- * value: what a token of it is worth. */
+ * value: what a token of it is worth; ended: whether its last token was drawn. */
 typedef struct {
     int64_t *text, length, slots, left, known;
     const int64_t *stops;
     int64_t num_stops;
     double taken[2], expected[2], value;
+    int64_t ended;
 } text_row;
 
 /* What is drafted. ngram: longest that is looked up, 0: none; deepest: drafts behind one; usual: as in `depth_behind`, or -1.
  * chain: most drafts of the model behind one another, 0: none; width: beside each other; kinds: of probabilities. looked [DEPTHS,
  * MATCHES], drafted [DEPTHS, 3 * kinds]: odds by depth and kind. seconds [most + 1]: of a step by the number of its drafts; forward
  * [rows + 1]: of the draft model by that of its lines.
+ * ending: rows that may end before the others do not go on.
  * together, least_slots: lines of a row, and slots that they see, from which on they are computed together, see `groups.py`. The
  * others are as in `guide.py`; plain: tokens a second without drafts; behind: odds that a draft behind another one is taken; expected: drafts that the model is expected to have taken, price: what these must be worth. */
 typedef struct {
     int64_t ngram, deepest, usual, chain, width, kinds;
     const float *looked, *drafted;
     const double *seconds, *forward;
-    int64_t most, together, least_slots;
+    int64_t most, together, least_slots, ending;
     double margin, cheapest, least, plain, behind, row_decay, row_trust, expected, price;
 } rules;
 
