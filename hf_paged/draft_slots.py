@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from hf_paged.memory import Memory, OutOfPages, PageCopy
+from hf_paged.memory import Memory, OutOfPages
 from hf_paged.plan import PlanRow
+from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.verify import Drawing
 from hf_paged.store import KVStore
@@ -27,11 +28,11 @@ class DraftSlots:
     """Slots of drafts in an engine's memory.
 
     Args:
-        store: the engine's KV. copied: told of pages that were copied.
+        store: the engine's KV. drafters: those that there are at a time, whose own KV follows.
     """
 
-    def __init__(self, memory: Memory, store: KVStore, copied: Callable[[list[PageCopy]], None]) -> None:
-        self.memory, self.store, self.copied = memory, store, copied
+    def __init__(self, memory: Memory, store: KVStore, drafters: Sequence[Drafter]) -> None:
+        self.memory, self.store, self.drafters = memory, store, drafters
 
     def reserve(self, planned: PlanRow, drafts: int) -> bool:
         """Make slots for drafts of a row writable. Drafts never take the pages of another row."""
@@ -40,7 +41,8 @@ class DraftSlots:
         except OutOfPages:
             return False
         self.store.copy(copies)
-        self.copied(copies)
+        for drafter in self.drafters:
+            drafter.copied(copies)
         return True
 
     def settle(

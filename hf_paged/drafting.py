@@ -41,7 +41,7 @@ class Drafting(Proposers):
 
     def __init__(self, memory: Memory, store: KVStore, measured: Callable[[float], float] | None = None) -> None:
         super().__init__(memory, measured)
-        self.slots = DraftSlots(memory, store, self.copied)
+        self.slots = DraftSlots(memory, store, self.drafters)
         self.verified, self.verify_seconds = 0, 0.0  # forwards with drafts
         self._plain = False  # whether the latest step held no prompt
         self._before = 0  # drafts of the step before

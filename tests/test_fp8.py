@@ -102,6 +102,37 @@ def test_half_precision_over_fp8(dtype, dims, window):
         assert bool(got[[0, 1, 3]].isfinite().all()) and bool(got[2].isnan().all())
 
 
+@triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group, sinks, page_size", [(4, False, 16), (3, True, 4), (8, True, 256)])
+def test_few_programs_give_what_many_do(dtype, group, sinks, page_size, monkeypatch):
+    """They take two tiles at a time, and another kernel merges their parts: with the same sums, to the bit."""
+    from hf_paged.kernels import decode as module
+    from hf_paged.kernels import triton_path
+
+    def smaller(*args):
+        return replace(tiles_of(*args), block_n=32, split=64)
+
+    tiles_of, merged = triton_path.tiles_of, []
+    merge = module.merge_parts
+    monkeypatch.setattr(triton_path, "tiles_of", smaller)
+    monkeypatch.setattr(module, "merge_parts", lambda *args: (merged.append(1), merge(*args)))
+    rows = tuple((before, None) for before in (0, 33, 150, 1250, 64))
+    case = Case(rows, page_size, group=group, dim=128, value_dim=128, sinks=sinks, dtype=dtype)
+    narrow, wide = in_fp8(make(case), "triton")
+    narrow.query[1] = torch.nan
+    given = narrow.query, narrow.keys, narrow.values, narrow.rows
+    few = paged_attention(*given, **narrow.options)
+    assert len(merged) == 1
+    monkeypatch.setattr(module, "fetches_ahead", lambda *_: False)
+    many = paged_attention(*given, **narrow.options)
+    assert len(merged) == 1 and torch.equal(few.isnan(), many.isnan()) and bool(few[1].isnan().all())
+    assert torch.equal(few.nan_to_num(), many.nan_to_num())
+    near = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(few.float()[others], wide.expected()[others], atol=near, rtol=near)
+
+
 def test_tokens_of_this_step_are_read_as_they_are_stored():
     """However a prompt is cut into steps."""
     step = make(Case(rows=((0, 9),), page_size=4))

@@ -12,7 +12,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import hf_paged
 from hf_paged import Engine, SamplingParams
-from hf_paged.kernels import choose_backend, paged_attention, worklist, write_kv
+from hf_paged.kernels import choose_backend, launch, paged_attention, worklist, write_kv
+from hf_paged.kernels.card import target_of
+from hf_paged.kernels.fp8 import FP8, narrowed
+from hf_paged.kernels.tuned import tiles_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,6 +171,38 @@ def test_splits_that_rows_share_change_no_bit(group, dtype, dim, monkeypatch):
         for rows in (replace(step.rows, grouped=grouped, _derived={}) for grouped in (True, False))
     ]
     assert torch.equal(*got) and bool(got[0].isfinite().all())
+
+
+@pytest.mark.parametrize("group, page_size", [(4, 16), (3, 32), (8, 1), (5, 256)])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_few_programs_over_fp8_change_no_bit(group, page_size, sinks, monkeypatch):
+    """Here results are kept in float32."""
+    from hf_paged.kernels import decode as decode_module
+
+    device = torch.device("cuda")
+    if target_of(device).arch != "sm_90":
+        pytest.skip("needs a Hopper card")
+    merged, merge, chosen = [], decode_module.merge_parts, decode_module.fetches_ahead
+    monkeypatch.setattr(decode_module, "merge_parts", lambda *args: (merged.append(1), merge(*args)))
+    for lengths in ([31000], [17, 5000], [1, 2049, 1536, 1537], [128, 9000], [3000] * 3):
+        case = Case(tuple((n - 1, None) for n in lengths), page_size, 8, group, 128, 128, sinks=sinks)
+        step = make_step(replace(case, dtype=torch.bfloat16, device="cuda"))
+        pages = [narrowed(part, FP8) for part in (step.keys, step.values)]
+        table = torch.from_numpy(step.rows.page_table).to(device, torch.int32).contiguous()
+        context = torch.tensor(lengths, dtype=torch.int32, device=device)
+        config = tiles_of("decode", launch.head_shape(8 * group, *pages, 2), target_of(device))
+        got = []
+        for choose in (chosen, lambda *_: False):
+            monkeypatch.setattr(decode_module, "fetches_ahead", choose)
+            out = torch.full(step.query.shape, torch.nan, device=device)
+            arrived = torch.zeros(len(lengths) * 8, dtype=torch.int32, device=device)
+            decode_module.decode(
+                step.query, *pages, table, context, out, arrived, config, longest=max(lengths), scale=0.1,
+                sinks=step.sinks,
+            )  # fmt: skip
+            got.append(out)
+        assert torch.equal(*got) and bool(got[0].isfinite().all()) and not arrived.any()
+    assert len(merged) == 5
 
 
 def test_rollouts_of_one_prompt_are_those_of_one_by_one(monkeypatch):

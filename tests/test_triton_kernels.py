@@ -336,6 +336,19 @@ def test_warps_share_tiles_where_registers_last(group, dim, shares):
     assert launch.shares(shape, launch.decode_config(shape, target), target) == shares
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.arch)
+def test_few_programs_over_fp8_fetch_ahead(target):
+    """On Hopper, of heads whose parts are summed alike by either kernel, as many as have room at once."""
+    shape = launch.HeadShape(4, 8, 128, 128, 1, 16)
+    config = launch.decode_config(replace(shape, itemsize=2), target)
+    most = 2 * target.processors
+    assert launch.fetches_ahead(shape, config, target, 2, most) == (target.arch == "sm_90")
+    assert not launch.fetches_ahead(shape, config, target, 2, most + 1)
+    assert not launch.fetches_ahead(shape, config, target, 4, 1)
+    for other in (dict(group=2), dict(group=16), dict(key_dim=64, value_dim=64), dict(key_dim=256)):
+        assert not launch.fetches_ahead(replace(shape, **other), config, target, 2, 1)
+
+
 def test_splits_suit_the_card():
     """A row of 32k alone is enough for a card of many processors, also with few KV heads."""
     for processors in (108, 132, 304):
@@ -418,7 +431,7 @@ def check_compiled(target: str, made: list[dict]) -> None:
     """All of the card's kernels are there, fit, and decode does not spill."""
     from hf_paged.kernels.aot import KERNELS
 
-    absent = set() if target == "sm_90" else {"prefill"}  # Hopper's alone
+    absent = set() if target == "sm_90" else {"merge", "prefill"}  # Hopper's alone
     assert {one["variant"]["kernel"] for one in made} == set(KERNELS) - absent
     assert not [one for one in made if one["bad"]]
     assert all(one["registers"] for one in made)

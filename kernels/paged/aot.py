@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from hf_paged.kernels.launch import (
     Target,
     decode_config,
     extend_config,
+    fetches_ahead,
     overlaps,
     prefill_config,
     product_config,
     reads_fp8,
     with_softcap,
 )
+from hf_paged.kernels.merge import merge_kernel, merging_constants
 from hf_paged.kernels.prefill import prefill_constants, prefill_kernel
 from hf_paged.kernels.product import product_constants, product_kernel
 from hf_paged.kernels.rms_norm import norm_constants, norm_warps, rms_norm_kernel
@@ -61,6 +63,7 @@ ARGUMENTS = {
     "draw": "logits:*T line:i32 vocab:i32 rows:i32 temperatures:*fp32 limits:*fp32 min_ps:*fp32 top_ks:*i64 seeds:*i64 "
     "positions:*i64 listed:*i32 out:*i32",
     "advance": "out:*i32 ids:*i64 positions:*i64 slots:*i64 context:*i32 table:*i32 rows:i32 width:i32",
+    "merge": "context:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 splits:i32",
     "gate": "gate:*T up:*T out:*T size:i32",
     "prefill": "query:*T key_pages:*T value_pages:*T table:*i32 items:*i32 sinks:*T out:*T parts:*fp32 stats:*fp32 "
     "arrived:*i32 width:i32 window:i32 " + _TILES,
@@ -78,6 +81,7 @@ KERNELS = {
     "draw": draw_kernel,
     "extend": extend_kernel,
     "gate": gate_kernel,
+    "merge": merge_kernel,
     "prefill": prefill_kernel,
     "product": product_kernel,
     "rms_norm": rms_norm_kernel,
@@ -149,6 +153,11 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
         at = config.warps, config.stages, "fp8e4nv"
         for shared in (False, True):
             yield made("decode", decode_constants(shape, config, target, narrow=True, shared=shared, **options), *at)
+        narrow = replace(shape, itemsize=1)
+        if fetches_ahead(narrow, config, target, shape.itemsize, 1):
+            constants = decode_constants(narrow, config, target, narrow=True, ahead=True, **options)
+            yield made("decode", constants, *at)
+            yield made("merge", merging_constants(narrow, config, constants["FULL"], False), 1)
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=few, **options)
             yield made("extend", constants, chosen.warps, chosen.stages, at[-1])

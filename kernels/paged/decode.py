@@ -17,6 +17,7 @@ from hf_paged.kernels.launch import (
     Target,
     TileConfig,
     decode_programs,
+    fetches_ahead,
     full_splits,
     head_shape,
     overlaps,
@@ -25,10 +26,12 @@ from hf_paged.kernels.launch import (
     tile_constants,
     with_softcap,
 )
+from hf_paged.kernels.merge import merge_parts, merging_constants
 from hf_paged.kernels.overlap import admit_next, await_others, overlap
 from hf_paged.kernels.reduce import merge_constants, part_buffers, store_merged, store_part, store_result
 from hf_paged.kernels.splits import count_on_card, follows, most_splits, size_on_card
 from hf_paged.kernels.tiles import attend, load_pages, scaling
+from hf_paged.kernels.tiles_ahead import attend_ahead, fetch_queries
 from hf_paged.kernels.tiles_apart import attend_apart, slots_apart
 
 
@@ -74,11 +77,13 @@ def decode_kernel(
     BLOCK_P: tl.constexpr,
     SHARES: tl.constexpr,
     MEMBERS: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One split of one row (see `splits.py`) and KV head; the program that ends last merges a row's, in their order.
 
-    With `MEMBERS`, one split of up to so many rows that have it in common, which is read once.
+    With `MEMBERS`, one split of up to so many rows that have it in common, which is read once. With `AHEAD`, programs
+    are few (see `fetches_ahead`), and `merge.py` merges their parts.
 
     `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`; `arrived` int32
     `[rows, kv_heads]`: splits that are done, 0 before and after. `context` is read while the kernel ahead still runs,
@@ -120,7 +125,17 @@ def decode_kernel(
     values = value_pages + head * (PAGE_SIZE * VALUE_DIM)
     own_table = table + row.to(tl.int64) * width
     # fmt: off
-    if SHARES > 1:
+    if AHEAD:
+        fetch_queries(own_query + tl.where(real, heads, head * GROUP) * stride_head, KEY_DIM, OVERLAP)
+        at = (own_query + heads * stride_head)[None, :] + d[:, None]
+        at = tl.broadcast_to(at[None, :, :], (2 * SHARES, BLOCK_D, BLOCK_M))
+        real_at = tl.broadcast_to(real[None, None, :], (2 * SHARES, BLOCK_D, BLOCK_M))
+        acc, most, total = attend_ahead(
+            at, real_at, keys, values, own_table, start, stop, stop == length, scale, window,
+            KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, SHARES, STAGES, OVERLAP,
+        )
+        acc = tl.trans(acc)
+    elif SHARES > 1:
         pages = load_pages(own_table, start + slots_apart(BLOCK_N, SHARES), stop, PAGE_SIZE)
         at = (own_query + heads * stride_head)[None, :] + d[:, None]
         at = tl.broadcast_to(at[None, :, :], (SHARES, BLOCK_D, BLOCK_M))
@@ -147,7 +162,10 @@ def decode_kernel(
         admit_next(OVERLAP)
     # fmt: on
     HEADS: tl.constexpr = KV_HEADS * GROUP
-    if count <= 1:
+    if AHEAD:
+        line = (mine.to(tl.int64) * splits + split) * HEADS + heads
+        store_part(parts, stats, line, acc, most, total, real, VALUE_DIM, BLOCK_V)
+    elif count <= 1:
         line = mine.to(tl.int64) * HEADS + heads
         store_result(out, line, acc, most, total, sinks, heads, real, VALUE_DIM, BLOCK_V, SINKS)
     else:
@@ -159,12 +177,13 @@ def decode_kernel(
                 length = tl.load(context + row)
                 count = count_on_card(length, size)
             flag = arrived + row * KV_HEADS + head
+            WHOLE: tl.constexpr = OVERLAP and key_pages.dtype.element_ty == tl.float8e4nv  # as `merge.py` has it
             if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
                 tl.store(flag, 0)
                 # fmt: off
                 store_merged(
                     parts, stats, row * splits, count, row, head,
-                    sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS,
+                    sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS, WHOLE,
                 )
                 # fmt: on
 
@@ -210,14 +229,16 @@ def decode(
     )
     parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
     chosen = dict(windowed=window is not None, sinks=sinks is not None, shared=shared is not None and splits > 1)
-    sinks = out if sinks is None else sinks  # stands for what is not read
+    plain = window is None and softcap is None and not chosen["shared"] and splits > 1
+    few = plain and narrow and fetches_ahead(shape, config, target, query.element_size(), rows * kv_heads * splits)
+    constants = decode_constants(shape, config, target, capped=softcap is not None, narrow=narrow, ahead=few, **chosen)
     decode_kernel[(rows * kv_heads * splits,)](
         query,
         key_pages,
         value_pages,
         table,
         context,
-        sinks,
+        out if sinks is None else sinks,  # stands for what is not read
         out,
         parts,
         stats,
@@ -229,11 +250,14 @@ def decode(
         window or 0,
         *scaling(scale, softcap),
         *query.stride()[:2],
-        **decode_constants(shape, config, target, capped=softcap is not None, narrow=narrow, **chosen),
+        **constants,
         **overlap(query.device),
         num_warps=config.warps,
         num_stages=config.stages,
     )
+    if few:
+        merging = merging_constants(shape, config, constants["FULL"], sinks is not None)
+        merge_parts(context, sinks, out, parts, stats, merging)
 
 
 def decode_constants(
@@ -246,8 +270,10 @@ def decode_constants(
     sinks: bool,
     narrow: bool = False,
     shared: bool = False,
+    ahead: bool = False,
 ) -> dict:
     """What `decode_kernel` is compiled for. `narrow`: for pages in fp8. `shared`: rows may have splits in common.
+    `ahead`: programs are few, see `fetches_ahead`.
 
     These are read once where warps share a tile, and there is no window, which begins elsewhere in each row.
     """
@@ -266,4 +292,5 @@ def decode_constants(
         "WINDOWED": windowed,
         "CAPPED": capped,
         "SINKS": sinks,
+        "AHEAD": ahead,
     }

@@ -1,6 +1,7 @@
 """How the Triton kernels are launched: shape, dtype and card → tile sizes, splits, warps, stages. Pure functions.
 
-Nothing here depends on how many rows a step has: a row's result must not depend on the others.
+Nothing here but `fetches_ahead`, which changes no bit, depends on how many rows a step has: a row's result must not
+depend on the others.
 """
 
 from __future__ import annotations
@@ -208,6 +209,24 @@ def shares(shape: HeadShape, config: TileConfig, target: Target) -> int:
     small = shape.group <= 8 and shape.slot_bytes <= KIB // 2
     fits = config.block_n >= 16 * config.warps and target.backend == "cuda"
     return config.warps if whole and small and fits else 1
+
+
+def fetches_ahead(shape: HeadShape, config: TileConfig, target: Target, itemsize: int, programs: int) -> bool:
+    """Whether so many programs of `decode` over pages in fp8 are taken by `tiles_ahead.py`, and their parts merged by
+    `merge.py`: where there are two a processor at most, of one row or a few. The sums are the same to the bit.
+
+    Each takes half a processor's memory, so that one of the next kernel takes its place as it ends; of more programs,
+    some would have to wait for that. Heads are of 128 values and 3 to 8 a KV head: so in either kernel that merges, a
+    thread has all parts of what it sums. (On later cards, where nobody has measured it, it takes too many registers.)
+
+    Args:
+        itemsize: of a query's elements; those of 4 bytes are not computed with in float16.
+    """
+    numbers = padded(shape.key_dim) + padded(shape.value_dim)  # of a slot, a byte each
+    room = config.stages > 3 and (config.stages - 1) * 2 * config.block_n * numbers + 12 * KIB <= target.shared // 2
+    alike = shape.value_dim == 128 and shape.key_dim <= 128 and power_of_two(shape.group) in (4, 8)
+    two = target.arch == "sm_90" and shares(shape, config, target) == 2
+    return two and alike and room and itemsize == 2 and programs <= 2 * target.processors
 
 
 def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:

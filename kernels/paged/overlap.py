@@ -4,7 +4,8 @@ Such a kernel lets the next one start when all of its own programs are nearly do
 kernels ahead have ended. A step has some three hundred kernels, each with a start and an end at which the memory stands
 idle. (To start them earlier, or to fetch weights ahead, costs more than it gains: programs that wait hold what others
 need.) `decode` alone does both: it looks early at what the kernel right ahead, which stores new keys and values, leaves
-as it is, and lets the next one start as soon as that kernel has ended.
+as it is, and lets the next one start as soon as that kernel has ended. `merge.py`, which only comes right behind a
+`decode`, lets the next one start at once: when that looks early, all that came before the `decode` has ended.
 """
 
 from __future__ import annotations

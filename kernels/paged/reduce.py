@@ -40,9 +40,31 @@ def store_result(
 
 
 @triton.jit
+def folded(acc, most, total, values, peaks, sums, WHOLE: tl.constexpr):
+    """What was merged before and parts `[G, P, V]`, with their largest scores and sums of weights `[G, P]`.
+
+    With `WHOLE`, weights are summed as whole numbers: so the sum is the same however threads share it. (They are some
+    thousands at most, and 1 at least where the largest score is.)
+    """
+    peak = tl.maximum(most, tl.max(peaks, 1))
+    around = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(peaks - around[:, None])
+    fade = tl.exp2(most - around)
+    added = sums * weights
+    if WHOLE:
+        added = tl.where(added == added, added, 0.0) * 68719476736.0  # 2^36; where it is NaN, so are the values
+        total = total * fade + tl.sum(added.to(tl.int64), 1).to(tl.float32) * (1.0 / 68719476736.0)
+    else:
+        total = total * fade + tl.sum(added, 1)
+    acc = acc * fade[:, None] + tl.sum(values * weights[:, :, None], 1)
+    return acc, peak, total
+
+
+@triton.jit
 def merged(
     parts, stats, first, count, heads, real,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Lines `first`, `first + 1`, ... (`count` of them) of `heads` `[BLOCK_G]`, those that are `real`.
 
@@ -64,13 +86,7 @@ def merged(
         values = tl.load(at, mask=there[:, :, None] & (v < VALUE_DIM)[None, None, :], other=0.0)
         peaks = tl.load(stats + line * 2, mask=there, other=float("-inf"))
         sums = tl.load(stats + line * 2 + 1, mask=there, other=0.0)
-        peak = tl.maximum(most, tl.max(peaks, 1))
-        around = tl.where(peak == float("-inf"), 0.0, peak)
-        weights = tl.exp2(peaks - around[:, None])
-        fade = tl.exp2(most - around)
-        total = total * fade + tl.sum(sums * weights, 1)
-        acc = acc * fade[:, None] + tl.sum(values * weights[:, :, None], 1)
-        most = peak
+        acc, most, total = folded(acc, most, total, values, peaks, sums, WHOLE)
     return acc, most, total
 
 
@@ -79,6 +95,7 @@ def store_merged(
     parts, stats, first, count, token, head, sinks, out,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, SINKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Attention of the query at `token` of `out`, for KV head `head`, from its parts (see `merged`)."""
     g = tl.arange(0, BLOCK_G)
@@ -87,7 +104,7 @@ def store_merged(
     HEADS: tl.constexpr = KV_HEADS * GROUP
     # fmt: off
     acc, most, total = merged(
-        parts, stats, first, count, heads, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P
+        parts, stats, first, count, heads, real, HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, WHOLE
     )
     # fmt: on
     line = token.to(tl.int64) * HEADS + heads
