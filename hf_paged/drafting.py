@@ -157,7 +157,7 @@ class Drafting(Proposers):
     def made(self, work: Rows[PlanRow], steps: int, seconds: float) -> None:
         """So many steps without drafts were made at once; their forwards took so long in all."""
         count = len(work)
-        for _ in range(1 if self.cost.of(count).knows(count) else min(steps, KNOWN)):
+        for _ in range(min(steps, KNOWN)):
             if self._resting:
                 self.cost.note(count, count, self.measured(seconds / steps))
             self.forwarded(work, count, seconds / steps)
