@@ -160,7 +160,8 @@ INLINE void write_parts(const side_by_side *lines, const lanes *out, int64_t cou
     }
 }
 
-/* Computes the own slots that come next, if any are left. */
+/* Of grouped_own.c: the next item of rows' own slots; and the work on the one that comes next, if any is left. */
+int64_t take_own(const task *a);
 void own_item(const task *a, scratch *s);
 
 /* Whether products of tiles pay (measured on two cores): many lines share what is taken apart of many slots. */
