@@ -363,3 +363,14 @@ def test_a_trial_that_fails_as_expected_is_believed(promise, rare):
         drafted.append(trial.drafts(8, None if promise is None else lambda: promise))
         trial.note(1.6 if drafted[-1] else 1.0, 10.0 if trial._now.fresh else 2.0 if drafted[-1] else 1.0)
     assert any(drafted[:20]) and any(drafted[50:600]) != rare
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_prompts_that_a_draft_model_reads_count(reads):
+    """Drafts gain a tenth; every 40 steps the model reads prompts for as long as eight steps take: or it stumbles."""
+    trial, drafted = Trial(), []
+    for step in range(2000):
+        drafted.append(trial.drafts(8))
+        late = drafted[-1] and step % 40 == 0 and not trial._now.fresh
+        trial.note(2.2 if drafted[-1] else 1.0, 10.0 if late else 2.0 if drafted[-1] else 1.0, bool(reads and late))
+    assert np.mean(drafted[600:]) < 0.5 if reads else np.mean(drafted[600:]) > 0.8

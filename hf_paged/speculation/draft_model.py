@@ -114,7 +114,7 @@ class DraftModel(Drafter):
         if deepest == 0:
             return
         known = [self.known(tree.planned) for tree in trees]
-        lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
+        self.lag = lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
         with self._timed(guide):
             few = FewDrafts.begin(self.forward, trees, self.page_size, self.most, self._op)
             self._op = few.op if few is not None else None

@@ -47,6 +47,7 @@ class Drafter:
 
     Attributes:
         cost: of its forwards. seconds: spent in drafting. failed: whether it has given up.
+        lag: tokens that it took in at first in the latest step, beside those of which it drafted.
         measured: as in `Proposers`.
     """
 
@@ -63,7 +64,7 @@ class Drafter:
     ) -> None:
         self.forward, self.store, self.page_size, self.name = forward, store, page_size, name
         self.device, self.backend, self.most = device, backend, most
-        self.cost, self.seconds, self.failed = CostTable(), 0.0, False
+        self.cost, self.seconds, self.failed, self.lag = CostTable(), 0.0, False, 0
         self.measured: Callable[[float], float] = float
         self._stale = False  # whether its model may have changed since it was looked at
 

@@ -23,6 +23,7 @@ from hf_paged.speculation.worth import Worths
 LASTING = 0.99  # of what was expected and taken in the steps before
 FREE = 1 << 30  # steps: as many as the engine likes
 DRAFTED = 4  # depths of a draft model's drafts that are weighed against those of texts
+READS = 8  # tokens a row that a draft model takes in where it reads prompts
 SUREST = 4  # one of so many rows has a draft that is taken nearly always
 
 
@@ -257,7 +258,10 @@ class Speculator:
         if self._plain and self._drawn:
             # What tokens are worth is not asked: rows that lag are drafted for until they no longer do.
             usual = self._reach * (self._took + 1) / (self._reached + 1)
-            self.trial.note((tokens - self._taken + usual) / self._drawn, seconds / self._plain)
+            reads = self.drafter is not None and self.drafter.lag > READS * self._drawn
+            self.trial.note((tokens - self._taken + usual) / self._drawn, seconds / self._plain, reads)
+        if self.drafter is not None:
+            self.drafter.lag = 0
 
     def ended(self, row: Row) -> None:
         """A row has ended: what it wrote is known to the suffix index."""

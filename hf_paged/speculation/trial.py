@@ -24,7 +24,9 @@ SURE = 4  # trials after which what was seen can be relied on
 # Then so many steps without drafts for each that the draft model spent on catching up, of at most so many.
 PAYING, DEAREST = 100, 40
 SETTLED, FARTHER = 150, 10  # the same once that can be relied on: more where drafts cost more than they gained
-STUMBLE = 1.5  # a step counts as so many times the usual one at most
+STUMBLE = 1.5  # a step counts as so many times the usual one at most, unless the draft model read prompts in it
+
+Tried = tuple[float, float, bool]  # tokens and seconds of a step, and whether the draft model read prompts
 
 
 @dataclass(eq=False)
@@ -34,7 +36,7 @@ class Batch:
     Attributes:
         tried: steps of a trial; most of them must be like others, else it goes on.
         seen: of the latest steps without and with drafts of the model: tokens over those of a step without any drafts,
-            and seconds over its.
+            seconds over its, and whether the draft model read prompts in it.
         best: whether to draft. trying: whether this phase does the other.
         left: steps of the phase. span: steps between trials.
         noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
@@ -43,9 +45,7 @@ class Batch:
     """
 
     tried: int
-    seen: tuple[deque[tuple[float, float]], deque[tuple[float, float]]] = field(
-        default_factory=lambda: (deque(maxlen=KEPT), deque(maxlen=KEPT))
-    )
+    seen: tuple[deque[Tried], deque[Tried]] = field(default_factory=lambda: (deque(maxlen=KEPT), deque(maxlen=KEPT)))
     best: bool = False
     trying: bool = False
     left: int = 0
@@ -93,17 +93,17 @@ class Batch:
             self.trying, self.left = True, self.tried
         self.noted, self.fresh = 0, self.mode and not mode
 
-    def add(self, tokens: float, cost: float) -> None:
+    def add(self, tokens: float, cost: float, reads: bool) -> None:
         """A step of this phase."""
-        self.seen[self.mode].append((tokens, cost))
+        self.seen[self.mode].append((tokens, cost, reads))
         self.noted += 1
         if self.best and not self.trying and self.noted % KEPT == 0 and self.gain() < 1:
             self.best, self.left, self.span, self.noted = False, SHORT, SHORT, 0
 
 
-def _rate(steps: deque[tuple[float, float]]) -> float:
-    most = STUMBLE * median(cost for _, cost in steps)
-    return sum(tokens for tokens, _ in steps) / sum(min(cost, most) for _, cost in steps)
+def _rate(steps: deque[Tried]) -> float:
+    most = STUMBLE * median(cost for _, cost, _ in steps)
+    return sum(tokens for tokens, _, _ in steps) / sum(cost if reads else min(cost, most) for _, cost, reads in steps)
 
 
 class Trial:
@@ -148,12 +148,13 @@ class Trial:
         if self._last is not None and not self._last.mode:
             self._last.left = max(self._last.left - steps, 0)
 
-    def note(self, tokens: float, cost: float) -> None:
+    def note(self, tokens: float, cost: float, reads: bool = False) -> None:
         """What the step that was asked about came to.
 
         Args:
             tokens: over those of a step without drafts.
             cost: seconds over those of a step without drafts; 0 for a step that is not like the others.
+            reads: whether the draft model read prompts in it, which it will do again for others.
         """
         batch, self._now = self._now, None
         if batch is None or not cost:
@@ -162,4 +163,4 @@ class Trial:
             batch.fresh = False
             batch.tolls.append(cost)
         else:
-            batch.add(tokens, cost)
+            batch.add(tokens, cost, reads)
