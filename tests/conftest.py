@@ -172,3 +172,18 @@ def rows() -> dict[str, torch.Tensor]:
 def batch() -> dict[str, torch.Tensor]:
     """Three prompts of several lengths, left-padded."""
     return left_padded(prompts_of(9, 4, 13))
+
+
+@pytest.fixture(params=["amx", "float32"])
+def products(request):
+    """Tiles are multiplied as such where the processor has them, and as every other one does it."""
+    from hf_paged.kernels.native_tiles import tile_ops
+
+    ops = tile_ops()
+    before = ops.by_amx
+    if request.param == "amx" and not ops.use_amx(True):
+        pytest.skip("the processor does not multiply tiles (AMX)")
+    if request.param == "float32":
+        ops.use_amx(False)
+    yield request.param
+    ops.use_amx(before)

@@ -8,7 +8,6 @@ import torch
 
 from hf_paged.kernels import PagedRows, groups, paged_attention, reference
 from hf_paged.kernels.native import native_ops
-from hf_paged.kernels.native_tiles import tile_ops
 from hf_paged.kernels.rows import ALL, TreeMask
 
 pytestmark = pytest.mark.skipif(native_ops() is None, reason="no C compiler: nothing is grouped")
@@ -149,19 +148,6 @@ def test_one_row_alone_has_the_groups_of_many(seed):
     assert (got is None) == (wanted is None)
     for name in ("own", "segments", "members", "part_start", "parts") if got is not None else ():
         assert np.array_equal(getattr(got, name), getattr(wanted, name)), name
-
-
-@pytest.fixture(params=["amx", "float32"])
-def products(request):
-    """Long stretches that many queries share are products of tiles, where the processor multiplies such."""
-    ops = tile_ops()
-    before = ops.by_amx
-    if request.param == "amx" and not ops.use_amx(True):
-        pytest.skip("this processor multiplies no tiles")
-    if request.param == "float32":
-        ops.use_amx(False)
-    yield request.param
-    ops.use_amx(before)
 
 
 def compare_alone(query, keys, values, rows, **settings):

@@ -13,20 +13,10 @@ from hf_paged.integrations.linear import PackedLinear
 from hf_paged.integrations.tiled import TiledLinear
 from hf_paged.kernels.native_tiles import tile_ops
 
-pytestmark = pytest.mark.skipif(tile_ops() is None, reason="no C compiler: nothing is compiled")
-
-
-@pytest.fixture(params=["amx", "float32"], autouse=True)
-def multiplied_by(request):
-    """As such where the processor has them, and as every other one does it."""
-    ops = tile_ops()
-    before = ops.by_amx
-    if request.param == "amx" and not ops.use_amx(True):
-        pytest.skip("the processor does not multiply tiles (AMX)")
-    if request.param == "float32":
-        ops.use_amx(False)
-    yield
-    ops.use_amx(before)
+pytestmark = [
+    pytest.mark.skipif(tile_ops() is None, reason="no C compiler: nothing is compiled"),
+    pytest.mark.usefixtures("products"),
+]
 
 
 def short(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -160,8 +160,10 @@ INLINE void merge(const task *a, int64_t line, const int64_t dim) {
     else if (dim == 128 && value_dim == 128) { CALL(128, 128); } \
     else { CALL(dim, value_dim); }
 
+static int by_amx(const task *a, segment g) { return a->amx_lines && tiles_pay(a, g); }
+
 /* Lines of a segment and KV head that are an item. */
-static int64_t lines_of_item(const task *a, segment g) { return a->amx_lines && tiles_pay(a, g) ? a->amx_lines : LINES; }
+static int64_t lines_of_item(const task *a, segment g) { return by_amx(a, g) ? a->amx_lines : LINES; }
 
 /* Item `i` of the segments; items[n] of them lie before segment n. */
 static void segment_item(const task *a, scratch *s, const int64_t *items, int64_t i) {
@@ -172,7 +174,7 @@ static void segment_item(const task *a, scratch *s, const int64_t *items, int64_
     const int64_t within = i - items[at], head = within % a->kv_heads, most = lines_of_item(a, g), first = within / a->kv_heads * most;
     const int64_t left = g.count * (a->heads / a->kv_heads) - first, count = left < most ? left : most;
     const int64_t dim = a->dim, value_dim = a->value_dim;
-    if (a->amx_lines && tiles_pay(a, g)) {
+    if (by_amx(a, g)) {
         attend_blocks(a, s, g, head, first, count);
         return;
     }

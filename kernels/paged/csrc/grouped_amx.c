@@ -147,14 +147,17 @@ INLINE void score_block(const task *a, scratch *s, const chunk *c, lanes *scores
     }
 }
 
-/* Adds the weighted values of a chunk to what has come of a block, beside the taking apart of another chunk. */
-INLINE void add_block(const task *a, scratch *s, const chunk *c, lanes *out, const lanes *before, const int64_t dim, const int64_t value_dim) {
-    lanes sums[2 * BLOCK];
+/* The weights that are being made get done, and weighted values of their chunk are added to what has come of the block, beside the
+ * taking apart of another chunk. */
+INLINE void add_block(const task *a, scratch *s, const chunk *c, const int64_t dim, const int64_t value_dim) {
+    const side_by_side *lines = s->blocks->weighing;
+    lanes sums[2 * BLOCK], *out = s->blocks->out + (lines - s->blocks->lines) * 2 * value_dim;
+    end_weights(s->blocks);
     for (int64_t d = 0; d < value_dim; d += BLOCK, out += 2 * BLOCK) {
 #define PART part_some(s, s->blocks->steps_a_group, dim); fetch_lines(a, s, 3)
         MULTIPLY(sums, c->values + d * CHUNK * PARTS, s->blocks->weights, SPAN, PART);
         for (int64_t j = 0; j < BLOCK; j++)
-            for (int v = 0; v < 2; v++) out[2 * j + v] = out[2 * j + v] * before[v] + sums[2 * j + v];
+            for (int v = 0; v < 2; v++) out[2 * j + v] = out[2 * j + v] * lines->before[v] + sums[2 * j + v];
     }
 }
 
@@ -187,17 +190,14 @@ INLINE void attend_chunks(const task *a, scratch *s, int64_t blocks, span keys, 
             if (a->softcap > 0) cap_chunk(scores, n, a->softcap, 2);
             hide_chunk(scores, b->lines + i, n, t, 2);
             if (waiting) {
-                end_weights(b);
-                add_block(a, s, waiting, b->out + (b->weighing - b->lines) * 2 * value_dim, b->weighing->before, dim, value_dim);
+                add_block(a, s, waiting, dim, value_dim);
                 own_item(a, s);
             }
             begin_weights(b, b->lines + i, scores, n);
             waiting = b->chunks + c % CHUNKS;
         }
     }
-    if (!waiting) return;
-    end_weights(b);
-    add_block(a, s, waiting, b->out + (b->weighing - b->lines) * 2 * value_dim, b->weighing->before, dim, value_dim);
+    if (waiting) add_block(a, s, waiting, dim, value_dim);
 }
 
 INLINE void attend_all(const task *a, scratch *s, segment g, int64_t head, int64_t first, int64_t count, const int64_t dim,
