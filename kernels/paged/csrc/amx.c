@@ -14,98 +14,161 @@ int amx_ready(void) {
     return syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 }
 
-/* Lines of x, taken apart by the threads of a team: part p of line l is line l % TOGETHER * PARTS + p of its tiles. Inputs are
- * filled up by zeros. An infinity leaves parts that are no numbers, and so do its products. */
-void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in) {
-    const int64_t deep = blocks_of(in, DEEP);
+/* Tiles of lines have all parts of TOGETHER lines, side by side, so that few lines take few products. Of more than two such tiles, but
+ * no more lines than a tile has, each has one part of them all: three products that share their weights. */
+static int parts_apart(int64_t lines) { return lines > 2 * TOGETHER && lines <= SIDE; }
+
+/* One of `lines` lines, x, taken apart. Inputs are filled up by zeros. Where there are factors, x is multiplied by scale and them. An
+ * infinity leaves parts that are no numbers, and so do its products. */
+void amx_take_apart(uint16_t *parts, const float *x, int64_t line, int64_t lines, int64_t in, float scale, const float *factors) {
+    const int64_t deep = blocks_of(in, DEEP), apart = parts_apart(lines);
+    const int64_t next = apart ? PARTS * TILE : TILE, part = apart ? TILE : DEEP; /* from one block of inputs, and one part, to the next */
+    uint16_t *to = parts + (apart ? line * DEEP : line / TOGETHER * deep * TILE + line % TOGETHER * PARTS * DEEP);
     const __m512i top = _mm512_set1_epi32((int)0xffff0000);
     uint16_t upper[DEEP]; /* places of the upper halves of two vectors of float32 */
     for (int i = 0; i < DEEP; i++) upper[i] = (uint16_t)(2 * i + 1);
     const __m512i halves = _mm512_loadu_si512(upper);
-#pragma omp for schedule(static)
-    for (int64_t l = 0; l < lines; l++)
-        for (int64_t j = 0; j < deep; j++) {
-            uint16_t *to = parts + (l / TOGETHER * deep + j) * TILE + l % TOGETHER * PARTS * DEEP;
-            const float *from = x + l * x_line + j * DEEP;
-            const int64_t left = in - j * DEEP;
-            const uint32_t mask = left >= DEEP ? 0xffffffff : (1u << left) - 1;
-            __m512 a = _mm512_maskz_loadu_ps((__mmask16)mask, from), b = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + 16);
-            for (int p = 0; p < PARTS; p++) {
-                const __m512i a_top = _mm512_and_si512((__m512i)a, top), b_top = _mm512_and_si512((__m512i)b, top);
-                _mm512_store_si512(to + p * DEEP, _mm512_permutex2var_epi16(a_top, halves, b_top));
-                a = _mm512_sub_ps(a, (__m512)a_top), b = _mm512_sub_ps(b, (__m512)b_top);
-            }
+    for (int64_t j = 0; j < deep; j++, to += next) {
+        const int64_t at = j * DEEP, left = in - at;
+        const uint32_t mask = left >= DEEP ? 0xffffffff : (1u << left) - 1;
+        const __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
+        __m512 a = _mm512_maskz_loadu_ps(low, x + at), b = _mm512_maskz_loadu_ps(high, x + at + 16);
+        if (factors) {
+            a = a * scale * _mm512_maskz_loadu_ps(low, factors + at);
+            b = b * scale * _mm512_maskz_loadu_ps(high, factors + at + 16);
         }
+        for (int p = 0; p < PARTS; p++) {
+            const __m512i a_top = _mm512_and_si512((__m512i)a, top), b_top = _mm512_and_si512((__m512i)b, top);
+            _mm512_store_si512(to + p * part, _mm512_permutex2var_epi16(a_top, halves, b_top));
+            a = _mm512_sub_ps(a, (__m512)a_top), b = _mm512_sub_ps(b, (__m512)b_top);
+        }
+    }
 }
 
-/* sums[2 * a + b]: products of lines a (of one or two tiles) with weights b (of two), 16 x 16. Fetches its part of the weights
- * that come next. */
-INLINE void multiply(float (*sums)[SIDE * SIDE], const uint16_t *parts, const uint16_t *weight, const uint16_t *next, int64_t deep,
-                     int64_t pass, int64_t passes, const int two) {
-    const uint16_t *more = parts + deep * TILE;
+typedef float square[SIDE * SIDE];
+
+/* Some lines, a pair of tiles of weights, and their products: sums[2 * a + b] of tile a of lines with weights b, or, where tiles have
+ * one part each, sums[PARTS * b + p] of part p. */
+typedef struct {
+    const uint16_t *parts;
+    int64_t line, lines, pair;
+    square *sums;
+} piece;
+
+/* The sum of a line's parts, smallest first, `step` floats apart. */
+INLINE lanes joined(const float *s, int64_t step) {
+    return *(const lanes *)(s + 2 * step) + *(const lanes *)(s + step) + *(const lanes *)s;
+}
+
+/* Writes lines [from, to) of a piece. */
+INLINE void finish(const target *t, const piece *p, int64_t from, int64_t to, const int apart) {
+    enum { ALL = SIDE * SIDE };
+    const int64_t step = apart ? ALL : SIDE, other = apart ? PARTS * ALL : ALL;
+    for (int64_t i = from; i < to; i++) {
+        const float *s = apart ? p->sums[0] + i * SIDE : p->sums[i / TOGETHER * 2] + i % TOGETHER * PARTS * SIDE;
+        const lanes both[PAIR] = {joined(s, step), joined(s + other, step)};
+        write_line(t, both, p->line + i, p->pair);
+    }
+}
+
+/* Block j of the inputs of a pair of tiles of weights, or of one of them, tile `b`. */
+INLINE const uint16_t *tile_at(const uint16_t *weight, int64_t j, int64_t b) { return weight + (2 * j + b) * TILE; }
+
+/* The products of a piece. The piece before is finished beside them: a processor that waited for its last products would not get as
+ * far as the weights that come next, and nothing would fetch them. Prefetches only took the place of these loads. */
+INLINE void multiply(const target *t, const piece *p, const piece *before, const uint16_t *weight, int64_t deep, const int two) {
+    const uint16_t *parts = p->parts, *more = parts + deep * TILE;
+    const int64_t each = before->lines / deep + 1;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int64_t j = 0, turn = pass; j < deep; j++, turn = turn ? turn - 1 : passes - 1) {
-        const uint16_t *w = weight + j * 2 * TILE;
-        if (!turn)
-#pragma GCC unroll 32
-            for (int i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(next + j * 2 * TILE + i, 0, 2);
-        _tile_loadd(6, w, 64); _tile_loadd(7, w + TILE, 64);
-        _tile_loadd(4, parts + j * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, more + j * TILE, 64);
-        _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    for (int64_t j = 0, done = 0, end; j < deep; j++, done = end) {
+        _tile_loadd(6, tile_at(weight, j, 0), 64);
+        _tile_loadd(4, parts + j * TILE, 64); _tile_dpbf16ps(0, 4, 6);
+        if (two) { _tile_loadd(5, more + j * TILE, 64); _tile_dpbf16ps(2, 5, 6); }
+        _tile_loadd(7, tile_at(weight, j, 1), 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) _tile_dpbf16ps(3, 5, 7);
+        end = done + each < before->lines ? done + each : before->lines;
+        finish(t, before, done, end, 0);
     }
-    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64);
+    _tile_stored(0, p->sums[0], 64); _tile_stored(1, p->sums[1], 64);
     if (!two) return;
-    _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+    _tile_stored(2, p->sums[2], 64); _tile_stored(3, p->sums[3], 64);
 }
 
-/* The sum of a line's parts, smallest first. */
-INLINE lanes joined(const float *sums, int64_t line) {
-    const float *s = sums + line * PARTS * SIDE;
-    return *(const lanes *)(s + 2 * SIDE) + *(const lanes *)(s + SIDE) + *(const lanes *)s;
-}
+/* Block j of all lines, whose parts lie in tiles of their own, times tile b of the weights. */
+#define MULTIPLY_PARTS(first, second, third, b)                                   \
+    _tile_loadd(7, tile_at(weight, j, b), 64);                                    \
+    _tile_loadd(6, parts + PARTS * j * TILE, 64); _tile_dpbf16ps(first, 6, 7);    \
+    _tile_loadd(6, parts + (PARTS * j + 1) * TILE, 64); _tile_dpbf16ps(second, 6, 7); \
+    _tile_loadd(6, parts + (PARTS * j + 2) * TILE, 64); _tile_dpbf16ps(third, 6, 7)
 
-/* Of pair `pair`, weights w, all products with `groups` tiles of lines, the first of which is tile `first` of all. */
-INLINE void multiply_pair(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *w, const uint16_t *next,
-                          int64_t pair, int64_t first, int64_t groups) {
-    const int64_t passes = (groups + 1) / 2;
-    float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
-    for (int64_t g = 0; g < groups; g += 2) {
-        const uint16_t *p = parts + (first + g) * deep * TILE;
-        const int64_t line = (first + g) * TOGETHER, left = lines - line;
-        const int two = g + 1 < groups;
-        if (two) multiply(sums, p, w, next, deep, g / 2, passes, 1);
-        else multiply(sums, p, w, next, deep, g / 2, passes, 0);
-        for (int64_t i = 0; i < (1 + two) * TOGETHER && i < left; i++) {
-            float(*s)[SIDE * SIDE] = sums + i / TOGETHER * 2;
-            const lanes both[PAIR] = {joined(s[0], i % TOGETHER), joined(s[1], i % TOGETHER)};
-            write_line(t, both, line + i, pair);
-        }
+/* The same where tiles have one part each. Sums stay where they are while those of the next tile of weights are made, so that not even
+ * their way to memory is waited for: `before` has those of its second tile there still. */
+INLINE void multiply_apart(const target *t, const piece *p, const piece *before, const uint16_t *weight, int64_t deep) {
+    const uint16_t *parts = p->parts;
+    const int64_t each = before->lines / deep + 1;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2);
+    for (int64_t j = 0; j < deep; j++) {
+        MULTIPLY_PARTS(0, 1, 2, 0);
+        if (j == deep / 2) { _tile_stored(3, p->sums[3], 64); _tile_stored(4, p->sums[4], 64); _tile_stored(5, p->sums[5], 64); }
     }
+    _tile_zero(3); _tile_zero(4); _tile_zero(5);
+    for (int64_t j = 0, done = 0, end; j < deep; j++, done = end) {
+        MULTIPLY_PARTS(3, 4, 5, 1);
+        end = done + each < before->lines ? done + each : before->lines;
+        finish(t, before, done, end, 1);
+    }
+    _tile_stored(0, p->sums[0], 64); _tile_stored(1, p->sums[1], 64); _tile_stored(2, p->sums[2], 64);
 }
 
-/* `multiply_tiles` over lines that were taken apart: as many at a time as stay in the second level for all weights. */
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
-                  const uint16_t *then) {
-    const share own = share_of(pairs);
-    const int64_t deep = blocks_of(in, DEEP), all = blocks_of(lines, TOGETHER), fit = KEPT / deep > 2 ? KEPT / deep / 2 * 2 : 2;
-    if (!lines) return; /* tiles have lines */
-    shape_tiles(lines < TOGETHER ? PARTS * lines : SIDE);
+static void multiply_all_apart(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *weight, share own) {
+    square sums[2 * PARTS] __attribute__((aligned(64)));
+    piece now = {parts, 0, 0, 0, sums};
+    shape_tiles(lines, 7);
+    _tile_zero(3); _tile_zero(4); _tile_zero(5);
+    for (int64_t pair = own.begin; pair < own.end; pair++) {
+        const piece before = now;
+        now = (piece){parts, 0, lines, pair, sums};
+        multiply_apart(t, &now, &before, weight + pair * deep * 2 * TILE, deep);
+    }
+    _tile_stored(3, sums[3], 64); _tile_stored(4, sums[4], 64); _tile_stored(5, sums[5], 64);
+    finish(t, &now, 0, now.lines, 1);
+}
+
+/* As many lines at a time as stay in the second level for all weights. */
+static void multiply_together(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *weight, share own) {
+    const int64_t all = blocks_of(lines, TOGETHER), fit = KEPT / deep > 2 ? KEPT / deep / 2 * 2 : 2;
+    square sums[2][4] __attribute__((aligned(64)));
+    piece now = {0};
+    int turn = 0;
+    shape_tiles(lines < TOGETHER ? PARTS * lines : SIDE, 6);
     for (int64_t first = 0; first < all; first += fit) {
-        const int64_t groups = all - first < fit ? all - first : fit;
-        for (int64_t pair = own.begin; pair < own.end; pair++) {
-            const uint16_t *w = weight + pair * deep * 2 * TILE, *next = pair + 1 < own.end ? w + deep * 2 * TILE : then;
-            multiply_pair(t, parts, lines, deep, w, next, pair, first, groups);
-        }
+        const int64_t end = all - first < fit ? all : first + fit;
+        for (int64_t pair = own.begin; pair < own.end; pair++)
+            for (int64_t g = first; g < end; g += 2, turn ^= 1) {
+                const int64_t line = g * TOGETHER, left = lines - line, two = g + 1 < end, most = (1 + two) * TOGETHER;
+                const uint16_t *w = weight + pair * deep * 2 * TILE;
+                const piece before = now;
+                now = (piece){parts + g * deep * TILE, line, left < most ? left : most, pair, sums[turn]};
+                if (two) multiply(t, &now, &before, w, deep, 1);
+                else multiply(t, &now, &before, w, deep, 0);
+            }
     }
+    finish(t, &now, 0, now.lines, 0);
+}
+
+/* `multiply_tiles` over lines that were taken apart. */
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
+    const share own = share_of(pairs);
+    const int64_t deep = blocks_of(in, DEEP);
+    if (!lines) return; /* tiles have lines */
+    if (parts_apart(lines)) multiply_all_apart(t, parts, lines, deep, weight, own);
+    else multiply_together(t, parts, lines, deep, weight, own);
     _tile_release();
 #pragma omp barrier
 }
 #else
 int amx_ready(void) { return 0; }
-void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in) {}
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
-                  const uint16_t *then) {}
+void amx_take_apart(uint16_t *parts, const float *x, int64_t line, int64_t lines, int64_t in, float scale, const float *factors) {}
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {}
 #endif

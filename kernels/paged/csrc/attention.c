@@ -11,40 +11,71 @@ static void softmax(float *scores, int64_t n, float softcap, const float *sink) 
     for (int64_t i = 0; i < n; i += LANES) *(lanes *)(scores + i) *= scale;
 }
 
-/* One row and KV head: `group` queries over all slots of a span. `then`: the keys that are read next. */
-INLINE void attend(float *out, float *scores, int64_t stride, const float *query, span keys, span values, span then,
-                   float scale, float softcap, const float *sinks, tree t, int64_t row, const int64_t group, const int64_t dim,
-                   const int64_t value_dim) {
+/* Queries [begin, end) of one line of the table. */
+typedef struct {
+    int64_t begin, end;
+} run;
+
+/* Of one KV head the queries of a run, which read its slots together, each over those that it sees. `then`: the keys that are read
+ * next. */
+INLINE void attend(const rows_task *a, float *scores, int64_t stride, run r, span keys, span values, span then, const int64_t group,
+                   const int64_t dim, const int64_t value_dim) {
+    const tree t = {a->visible, a->base};
+    const int64_t head = keys.head * group, count = r.end - r.begin, *ends = a->context + r.begin;
     keys.dim = then.dim = dim;
     values.dim = value_dim;
-    score_slots(scores, stride, query, keys, values, group, scale, dim);
-    softcap = hide(scores, stride, keys, t, row, group, softcap);
-    for (int64_t g = 0; g < group; g++) softmax(scores + g * stride, keys.end - keys.begin, softcap, sinks ? sinks + g : 0);
-    sum_values(out, scores, stride, values, then, group, value_dim);
+    score_slots(scores, stride, a->query + r.begin * a->query_line + head * dim, a->query_line, count, keys, values, group, a->scale, dim);
+    for (int64_t q = 0; q < count; q++) {
+        float *score = scores + q * group * stride;
+        keys.end = ends[q];
+        const float softcap = hide(score, stride, keys, t, r.begin + q, group, a->softcap);
+        for (int64_t g = 0; g < group; g++)
+            softmax(score + g * stride, keys.end - keys.begin, softcap, a->sinks ? a->sinks + head + g : 0);
+    }
+    sum_values(a->out + (r.begin * a->heads + head) * value_dim, a->heads * value_dim, scores, stride, count, ends, values, then, group,
+               value_dim);
+}
+
+enum { LONGEST = 4 }; /* queries of a run */
+
+/* All queries as runs, as many as let every thread have some. Returns how many. */
+static int64_t split(run *runs, const rows_task *a) {
+    const int64_t each = a->rows * a->kv_heads / omp_get_num_threads(), most = each < 1 ? 1 : each < LONGEST ? each : LONGEST;
+    int64_t count = 0;
+    for (int64_t r = 0; r < a->rows; r++) {
+        const int alike = r && a->line_of[r] == a->line_of[r - 1] && (!a->begin || a->begin[r] == a->begin[r - 1]);
+        if (alike && r - runs[count - 1].begin < most) runs[count - 1].end++;
+        else runs[count++] = (run){r, r + 1};
+    }
+    return count;
+}
+
+/* Slots that queries of a run see, of one KV head. */
+static span slots_of(const rows_task *a, run r, int64_t head, const float *pages, int64_t dim) {
+    int64_t end = 0;
+    for (int64_t q = r.begin; q < r.end; q++) end = a->context[q] > end ? a->context[q] : end;
+    return (span){pages, a->table + a->line_of[r.begin] * a->table_width, a->begin ? a->begin[r.begin] : 0, end, head, a->kv_heads,
+                  a->page, dim};
 }
 
 /* Each query by itself, by the threads of a team; see `decode_attention`. */
 void attend_rows(const rows_task *a) {
-    const int64_t group = a->heads / a->kv_heads, items = a->rows * a->kv_heads, dim = a->dim, value_dim = a->value_dim;
-    const tree t = {a->visible, a->base};
+    const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
     int64_t longest = 0, item, after;
     for (int64_t r = 0; r < a->rows; r++) longest = a->context[r] > longest ? a->context[r] : longest;
     const int64_t stride = (longest + 31) / 16 * 16;
-    float *scores = malloc(sizeof(float) * (size_t)(group * stride));
-    if (!scores) *a->failed = 1;
-#define SPAN(pages, row, head, dim) \
-    ((span){pages, a->table + a->line_of[row] * a->table_width, a->begin ? a->begin[row] : 0, a->context[row], head, \
-            a->kv_heads, a->page, dim})
+    run *runs = malloc(sizeof(run) * (size_t)a->rows + sizeof(float) * (size_t)(LONGEST * group * stride));
+    float *scores = (float *)(runs + a->rows);
+    if (!runs) *a->failed = 1;
+    const int64_t items = runs ? split(runs, a) * a->kv_heads : 0;
     /* A thread takes its next item before it computes one, so that memory can be on its way. */
-    for (item = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED); scores && item < items; item = after) {
+    for (item = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED); item < items; item = after) {
         after = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED);
-        const int64_t row = item / a->kv_heads, head = item % a->kv_heads;
-        const span k = SPAN(a->keys, row, head, dim), v = SPAN(a->values, row, head, value_dim);
-        const span then = after < items ? SPAN(a->keys, after / a->kv_heads, after % a->kv_heads, dim) : k;
-        const float *q = a->query + row * a->query_line + head * group * dim;
-        const float *sink = a->sinks ? a->sinks + head * group : 0;
-        float *o = a->out + (row * a->heads + head * group) * value_dim;
-#define ATTEND(G, D, V) attend(o, scores, stride, q, k, v, then, a->scale, a->softcap, sink, t, row, G, D, V)
+        const int64_t head = item % a->kv_heads, next = after < items ? after : item;
+        const run r = runs[item / a->kv_heads];
+        const span k = slots_of(a, r, head, a->keys, dim), v = slots_of(a, r, head, a->values, value_dim);
+        const span then = slots_of(a, runs[next / a->kv_heads], next % a->kv_heads, a->keys, dim);
+#define ATTEND(G, D, V) attend(a, scores, stride, r, k, v, then, G, D, V)
 #define BY_GROUP(D) \
     switch (group) { \
         case 1: ATTEND(1, D, D); break; \
@@ -59,7 +90,7 @@ void attend_rows(const rows_task *a) {
         else if (dim == 128 && value_dim == 128) BY_GROUP(128)
         else ATTEND(group, dim, value_dim);
     }
-    free(scores);
+    free(runs);
 }
 
 /* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r

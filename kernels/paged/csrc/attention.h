@@ -43,24 +43,28 @@ INLINE void fetch(const float *at, int64_t floats) { /* to the second level: the
     for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(at + i, 0, 2);
 }
 
-/* scores[g * stride + i]: `group` queries against the i-th slot. May write up to LANES - 1 behind a query's last. */
-INLINE void score_slots(float *scores, int64_t stride, const float *query, span keys, span then, const int64_t group,
-                        float scale, const int64_t dim) {
+/* scores[(q * group + g) * stride + i]: `group` heads of each of `count` queries, query_line floats apart, against the i-th slot. May
+ * write up to LANES - 1 behind a head's last. */
+INLINE void score_slots(float *scores, int64_t stride, const float *query, int64_t query_line, int64_t count, span keys, span then,
+                        const int64_t group, float scale, const int64_t dim) {
     for (int64_t t = keys.begin, n; t < keys.end; t += n) {
         const float *key = slot(keys, t), *next = ahead(keys, t, then);
         const int whole = dim % LANES == 0 && keys.page - t % keys.page >= LANES;
-        float *score = scores + t - keys.begin;
         n = block(keys, t);
-        for (int64_t g = 0; g < group; g++) {
-            fetch(next + g * LANES / group * dim, ((g + 1) * LANES / group - g * LANES / group) * dim);
-            if (whole) { /* what lies behind `end` on the page is finite, and nobody reads its score */
-                *(lanes *)(score + g * stride) = dot_keys(query + g * dim, key, dim) * scale;
-                continue;
-            }
-            for (int64_t i = 0; i < n; i++) {
-                float sum = 0;
-                for (int64_t d = 0; d < dim; d++) sum += query[g * dim + d] * key[i * dim + d];
-                score[g * stride + i] = sum * scale;
+        for (int64_t q = 0; q < count; q++) {
+            const float *heads = query + q * query_line;
+            float *score = scores + q * group * stride + t - keys.begin;
+            for (int64_t g = 0; g < group; g++) {
+                if (q == 0) fetch(next + g * LANES / group * dim, ((g + 1) * LANES / group - g * LANES / group) * dim);
+                if (whole) { /* what lies behind `end` on the page is finite, and nobody reads its score */
+                    *(lanes *)(score + g * stride) = dot_keys(heads + g * dim, key, dim) * scale;
+                    continue;
+                }
+                for (int64_t i = 0; i < n; i++) {
+                    float sum = 0;
+                    for (int64_t d = 0; d < dim; d++) sum += heads[g * dim + d] * key[i * dim + d];
+                    score[g * stride + i] = sum * scale;
+                }
             }
         }
     }
@@ -98,15 +102,15 @@ INLINE float hide(float *scores, int64_t stride, span keys, tree t, int64_t quer
     return 0;
 }
 
-/* out[g, :] += sum of weights[g, i] * values[i, :] over n lines, for `group` queries and `vectors` of their LANES elements:
- * as many as fit the registers. Lines lie `dim` apart. */
+/* out[g, :] += sum of weights[g, i] * values[i, :] over n lines, for `group` heads and `vectors` of their LANES elements: as many as fit
+ * the registers. Lines lie `dim` apart; `next`, unless null, is fetched beside them. */
 INLINE void add_lines(float *out, const float *weights, int64_t stride, const float *values, int64_t n, const float *next,
                       const int64_t group, const int64_t vectors, const int64_t dim) {
     lanes sums[FITTING] = {0};
     for (int64_t g = 0; g < group; g++)
         for (int64_t i = 0; i < vectors; i++) sums[g * vectors + i] = *(lanes *)(out + g * dim + LANES * i);
-    for (int64_t t = 0; t < n; t++, values += dim, next += dim) {
-        fetch(next, LANES * vectors);
+    for (int64_t t = 0; t < n; t++, values += dim) {
+        if (next) fetch(next + t * dim, LANES * vectors);
         for (int64_t g = 0; g < group; g++)
             for (int64_t i = 0; i < vectors; i++)
                 sums[g * vectors + i] += weights[g * stride + t] * *(const lanes *)(values + LANES * i);
@@ -115,30 +119,41 @@ INLINE void add_lines(float *out, const float *weights, int64_t stride, const fl
         for (int64_t i = 0; i < vectors; i++) *(lanes *)(out + g * dim + LANES * i) = sums[g * vectors + i];
 }
 
-/* out[g, :] = sum of weights[g, i] * value of the i-th slot. */
-INLINE void sum_values(float *out, const float *weights, int64_t stride, span values, span then, const int64_t group,
-                       const int64_t dim) {
-    /* Queries and vectors at a time; 0 vectors: element by element. */
+/* out[g, :] += sum of weights[g, i] * values[i, :] over n lines of all `dim` elements. */
+INLINE void add_slots(float *out, const float *weights, int64_t stride, const float *values, int64_t n, const float *next,
+                      const int64_t group, const int64_t dim) {
+    /* Heads and vectors at a time; 0 vectors: element by element. */
     const int64_t most = group < FITTING / 4 ? group : FITTING / 4, all = dim / LANES;
     const int64_t vectors = dim % LANES ? 0 : all * most <= FITTING ? all : all % 4 ? 1 : 4;
-    for (int64_t i = 0; i < group * dim; i++) out[i] = 0;
-    for (int64_t t = values.begin, n; t < values.end; t += n) {
-        const float *value = slot(values, t), *next = ahead(values, t, then), *weight = weights + t - values.begin;
-        n = block(values, t);
-        if (vectors) {
-            for (int64_t v = 0; v < all; v += vectors) {
-                const int64_t at = LANES * v;
-                int64_t g = 0;
-                for (; g + most <= group; g += most)
-                    add_lines(out + g * dim + at, weight + g * stride, stride, value + at, n, next + at, most, vectors, dim);
-                if (group % most)
-                    add_lines(out + g * dim + at, weight + g * stride, stride, value + at, n, next + at, group % most, vectors, dim);
-            }
-            continue;
-        }
+    if (!vectors)
         for (int64_t g = 0; g < group; g++)
             for (int64_t i = 0; i < n; i++)
-                for (int64_t d = 0; d < dim; d++) out[g * dim + d] += weight[g * stride + i] * value[i * dim + d];
+                for (int64_t d = 0; d < dim; d++) out[g * dim + d] += weights[g * stride + i] * values[i * dim + d];
+    for (int64_t v = 0; vectors && v < all; v += vectors) {
+        const int64_t at = LANES * v;
+        const float *coming = next ? next + at : 0;
+        int64_t g = 0;
+        for (; g + most <= group; g += most)
+            add_lines(out + g * dim + at, weights + g * stride, stride, values + at, n, coming, most, vectors, dim);
+        if (group % most)
+            add_lines(out + g * dim + at, weights + g * stride, stride, values + at, n, coming, group % most, vectors, dim);
+    }
+}
+
+/* out[q * out_line + g * dim, :] = sum of weights[(q * group + g) * stride + i] * value of the i-th slot, of those before ends[q], for
+ * `count` queries. No other is multiplied, not even by zero: a draft may have left what is no number there. */
+INLINE void sum_values(float *out, int64_t out_line, const float *weights, int64_t stride, int64_t count, const int64_t *ends,
+                       span values, span then, const int64_t group, const int64_t dim) {
+    for (int64_t q = 0; q < count; q++)
+        for (int64_t i = 0; i < group * dim; i++) out[q * out_line + i] = 0;
+    for (int64_t t = values.begin, n; t < values.end; t += n) {
+        const float *value = slot(values, t), *next = ahead(values, t, then);
+        n = block(values, t);
+        for (int64_t q = 0; q < count; q++) {
+            const int64_t sees = ends[q] - t < n ? ends[q] - t : n;
+            const float *weight = weights + q * group * stride + t - values.begin;
+            add_slots(out + q * out_line, weight, stride, value, sees, q ? 0 : next, group, dim);
+        }
     }
 }
 

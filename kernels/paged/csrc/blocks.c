@@ -50,31 +50,34 @@ static void attend(state *s, const model_block *b, int64_t index, float *out, co
 #pragma omp barrier
 }
 
-/* out: x [lines, in] through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. `then`:
- * tiles that the thread reads next. */
-static void products(state *s, float *out, const float *x, int64_t lines, int64_t in, const float *add, const layer *layers,
-                     const void *then) {
-    if (s->n->tiled) {
-        take_apart(s->parts, x, in, lines, in);
-        multiply_tiles(out, s->parts, lines, in, add, layers[0], 0, then);
-    } else multiply_lines(out, x, in, lines, in, add, layers);
-}
+/* What goes through a layer: x [lines, in], normed if there is a norm; norms may be written to `spare`. */
+typedef struct {
+    const float *x;
+    int64_t lines, in;
+    const float *norm;
+    float *spare;
+} source;
 
-static void gated(state *s, float *out, const float *x, int64_t lines, const model_block *b, const void *then) {
-    const sizes *n = s->n;
-    const layer gate = {b->gate, b->gate_bias, n->inner}, up = {b->up, b->up_bias, n->inner};
-    if (n->tiled) {
-        take_apart(s->parts, x, n->width, lines, n->width);
-        multiply_tiles(out, s->parts, lines, n->width, 0, gate, 1, then);
-    } else multiply_gated(out, x, n->width, lines, n->width, gate, up);
-}
-
-/* Norms of lines of hidden, for `products`: who takes lines apart takes its own. */
-static void normed(state *s, float *out, const float *hidden, const float *norm, int64_t lines) {
-    normalize(out, hidden, norm, s->eps, lines, s->n->width);
-    if (!s->n->tiled) {
+static const float *normed(const state *s, const source *a) {
+    if (!a->norm) return a->x;
+    normalize(a->spare, a->x, a->norm, s->eps, a->lines, a->in);
 #pragma omp barrier
-    }
+    return a->spare;
+}
+
+static void *apart(const state *s, const source *a) { return take_apart(s->parts, a->x, a->in, a->lines, a->in, a->norm, s->eps); }
+
+/* out: `a` through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. `then`: tiles that
+ * the thread reads next. */
+static void products(const state *s, float *out, const source *a, const float *add, const layer *layers, const void *then) {
+    if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, add, layers[0], 0, then);
+    else multiply_lines(out, normed(s, a), a->in, a->lines, a->in, add, layers);
+}
+
+static void gated(const state *s, float *out, const source *a, const model_block *b, const void *then) {
+    const layer gate = {b->gate, b->gate_bias, s->n->inner}, up = {b->up, b->up_bias, s->n->inner};
+    if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, 0, gate, 1, then);
+    else multiply_gated(out, normed(s, a), a->in, a->lines, a->in, gate, up);
 }
 
 /* The wanted lines of mixed and hidden alone. */
@@ -92,13 +95,12 @@ static void pick(const state *s, float *mixed, float *hidden, const float *from_
 static float *run_block(state *s, const model_block *b, int64_t index, int last, layer then) {
     const sizes *n = s->n;
     const int64_t queries = n->heads * n->dim, keys = n->kv_heads * n->dim, joined = queries + 2 * keys;
-    float *hidden = s->hidden, *lines = s->scratch, *query = lines + n->lines * n->width, *mixed = query + n->lines * joined;
+    float *hidden = s->hidden, *spare = s->scratch, *query = spare + n->lines * n->width, *mixed = query + n->lines * joined;
     float *key = query + queries, *opened = mixed + n->lines * queries;
     const layer qkv[3] = {{b->q, b->q_bias, n->tiled ? joined : queries}, {b->k, b->k_bias, keys}, {b->v, b->v_bias, keys}};
     const layer o[3] = {{b->o, b->o_bias, n->width}}, down[3] = {{b->down, b->down_bias, n->width}}, gate = {b->gate, 0, n->inner};
     int64_t count = n->lines;
-    normed(s, lines, hidden, b->norm, count);
-    products(s, query, lines, count, n->width, 0, qkv, first_tiles(o[0], queries, 0));
+    products(s, query, &(source){hidden, count, n->width, b->norm, spare}, 0, qkv, first_tiles(o[0], queries, 0));
     if (b->q_norm) {
         normalize_heads(query, joined, b->q_norm, s->eps, count, n->heads, n->dim);
         normalize_heads(key, joined, b->k_norm, s->eps, count, n->kv_heads, n->dim);
@@ -108,13 +110,12 @@ static float *run_block(state *s, const model_block *b, int64_t index, int last,
     attend(s, b, index, mixed, query, joined);
     if (last && !s->in->wanted_lines) return hidden;
     if (last) { /* nothing reads the other lines any more: their KV is stored */
-        pick(s, query, lines, mixed, hidden, queries);
-        mixed = query, hidden = lines, lines = s->hidden, count = s->in->wanted_lines;
+        pick(s, query, spare, mixed, hidden, queries);
+        mixed = query, hidden = spare, spare = s->hidden, count = s->in->wanted_lines;
     }
-    products(s, hidden, mixed, count, queries, hidden, o, first_tiles(gate, n->width, 1));
-    normed(s, lines, hidden, b->mlp_norm, count);
-    gated(s, opened, lines, count, b, first_tiles(down[0], n->inner, 0));
-    products(s, hidden, opened, count, n->inner, hidden, down, first_tiles(then, n->width, 0));
+    products(s, hidden, &(source){mixed, count, queries, 0, 0}, hidden, o, first_tiles(gate, n->width, 1));
+    gated(s, opened, &(source){hidden, count, n->width, b->mlp_norm, spare}, b, first_tiles(down[0], n->inner, 0));
+    products(s, hidden, &(source){opened, count, n->inner, 0, 0}, hidden, down, first_tiles(then, n->width, 0));
     return hidden;
 }
 
@@ -155,8 +156,8 @@ int few_forward(float *logits, const ends *e, const model_block *blocks, int64_t
             lines = run_block(&s, blocks + b, b, last, last ? head[0] : heads);
         }
         if (!s.failed && wanted) {
-            normed(&s, hidden, lines, e->norm, wanted);
-            products(&s, logits, hidden, wanted, n->width, 0, head, e->head);
+            float *spare = lines == hidden ? scratch : hidden;
+            products(&s, logits, &(source){lines, wanted, n->width, e->norm, spare}, 0, head, e->head);
         }
     }
     free(s.groups), free(taken), free(parts), free(hidden);

@@ -27,6 +27,7 @@ typedef struct {
 /* Of the OpenMP runtime; a compiler may come without its header. */
 int omp_get_max_threads(void);
 int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 
 static inline double seconds_now(void) {
     struct timespec t;
@@ -97,7 +98,7 @@ void attend_groups(const grouped_task *a);
 void multiply_lines(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *add, const layer *layers);
 void multiply_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, layer gate, layer up);
 size_t size_of_parts(int64_t lines, int64_t in);
-void take_apart(void *parts, const float *x, int64_t x_line, int64_t lines, int64_t in);
+void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *norm, float eps);
 void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then);
 const void *first_tiles(layer a, int64_t in, int gated);
 

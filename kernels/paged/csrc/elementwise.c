@@ -3,9 +3,7 @@
 #include "lanes.h"
 
 INLINE void normalize_line(float *out, const float *x, const float *weight, float eps, int64_t width) {
-    float sum = 0;
-    for (int64_t i = 0; i < width; i++) sum += x[i] * x[i];
-    const float scale = 1 / sqrtf(sum / width + eps);
+    const float scale = norm_scale(x, eps, width);
     for (int64_t i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
 }
 

@@ -222,7 +222,7 @@ INLINE void attend_all(const task *a, scratch *s, segment g, int64_t head, int64
                 put_pairs(queries + (v * dim + d) / DEEP * PARTS * TILE + d % SIDE * DEEP, s->query[2 * d + v], s->query[2 * (d + SIDE) + v]);
     }
     g.end = end;
-    shape_tiles(SIDE);
+    shape_tiles(SIDE, 6);
     attend_chunks(a, s, blocks, segment_slots(a, a->keys, g, head, dim), segment_slots(a, a->values, g, head, value_dim), dim, value_dim);
     _tile_release();
     for (int64_t i = 0; i < blocks; i++) {

@@ -20,13 +20,13 @@ INLINE void attend_own(const task *a, float *scores, int64_t item, int64_t then,
     const int64_t row = item / a->kv_heads, head = item % a->kv_heads * group;
     const int64_t line = row * a->heads + head, stride = a->stride;
     const span keys = own_slots(a, a->keys, item, dim), values = own_slots(a, a->values, item, value_dim);
-    score_slots(scores, stride, a->query + row * a->query_line + head * dim, keys, values, group, a->scale, dim);
+    score_slots(scores, stride, a->query + row * a->query_line + head * dim, 0, 1, keys, values, group, a->scale, dim);
     const float softcap = hide(scores, stride, keys, a->step->tree, row, group, a->softcap);
     for (int64_t g = 0; g < group; g++) {
         float *top = a->own_tops + 2 * (line + g);
         *top = exponentials(scores + g * stride, keys.end - keys.begin, softcap, -INFINITY, top + 1);
     }
-    sum_values(a->out + line * value_dim, scores, stride, values, own_slots(a, a->keys, then, dim), group, value_dim);
+    sum_values(a->out + line * value_dim, 0, scores, stride, 1, &values.end, values, own_slots(a, a->keys, then, dim), group, value_dim);
 }
 
 /* The own slots that come next, if any are left. Those behind them are known then, so that memory is on its way. */

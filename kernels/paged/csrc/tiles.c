@@ -4,6 +4,8 @@
 #include "tiles.h"
 #include <string.h>
 
+enum { ALONE = SIDE }; /* lines that every thread takes apart for itself */
+
 static int amx; /* whether tiles are multiplied as such */
 
 /* As such if that is wanted and can be. */
@@ -55,25 +57,46 @@ int tile_weights(uint16_t *out, const float *weight, int64_t rows, int64_t in, i
     return !(low & 0xffff);
 }
 
-/* Bytes of so many lines as `multiply_tiles` takes them. */
-size_t size_of_parts(int64_t lines, int64_t in) {
+/* Bytes of so many lines as products take them. */
+static size_t size_of_lines(int64_t lines, int64_t in) {
     const int64_t deep = blocks_of(in, DEEP);
     return amx ? sizeof(uint16_t) * (size_t)(blocks_of(lines, TOGETHER) * deep * TILE) : sizeof(float) * (size_t)(lines * deep * DEEP);
 }
 
-/* Lines of x, as `multiply_tiles` takes them, by the threads of a team. Inputs are filled up by zeros. */
-void take_apart(void *parts, const float *x, int64_t x_line, int64_t lines, int64_t in) {
+/* Bytes that `take_apart` writes of up to so many lines. */
+size_t size_of_parts(int64_t lines, int64_t in) {
+    const size_t shared = size_of_lines(lines, in), own = size_of_lines(lines < ALONE ? lines : ALONE, in) * (size_t)omp_get_max_threads();
+    return shared > own ? shared : own;
+}
+
+/* One of `lines` lines. */
+static __attribute__((noinline)) void take_line(void *parts, const float *x, int64_t line, int64_t lines, int64_t in, const float *norm,
+                                                float eps) {
     const int64_t filled = blocks_of(in, DEEP) * DEEP;
+    const float scale = norm ? norm_scale(x, eps, in) : 1;
     if (amx) {
-        amx_take_apart(parts, x, x_line, lines, in);
+        amx_take_apart(parts, x, line, lines, in, scale, norm);
         return;
     }
-#pragma omp for schedule(static)
-    for (int64_t l = 0; l < lines; l++) {
-        float *line = (float *)parts + l * filled;
-        memcpy(line, x + l * x_line, sizeof(float) * (size_t)in);
-        for (int64_t i = in; i < filled; i++) line[i] = 0;
+    float *to = (float *)parts + line * filled;
+    if (norm)
+        for (int64_t i = 0; i < in; i++) to[i] = x[i] * scale * norm[i];
+    else memcpy(to, x, sizeof(float) * (size_t)in);
+    for (int64_t i = in; i < filled; i++) to[i] = 0;
+}
+
+/* Lines of x, normed if there is a norm, as `multiply_tiles` takes them; called by every thread of a team, when x is there. Returns
+ * where the caller finds them in `room`. Each thread makes all of few lines for itself: to read what another one wrote takes longer.
+ * Inputs are filled up by zeros. */
+void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *norm, float eps) {
+    if (lines <= ALONE) {
+        void *parts = (char *)room + size_of_lines(lines, in) * (size_t)omp_get_thread_num();
+        for (int64_t l = 0; l < lines; l++) take_line(parts, x + l * x_line, l, lines, in, norm, eps);
+        return parts;
     }
+#pragma omp for schedule(static)
+    for (int64_t l = 0; l < lines; l++) take_line(room, x + l * x_line, l, lines, in, norm, eps);
+    return room;
 }
 
 /* Lines at a time, whose sums registers hold beside what is added to them. */
@@ -136,7 +159,7 @@ const void *first_tiles(layer a, int64_t in, int gated) {
 void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then) {
     const target t = {out, a.bias, add, a.rows, gated};
     const int64_t pairs = pairs_of(a.rows, gated);
-    if (amx) amx_multiply(&t, parts, lines, in, a.weight, pairs, then);
+    if (amx) amx_multiply(&t, parts, lines, in, a.weight, pairs);
     else multiply_all(&t, parts, lines, in, a.weight, pairs, then);
 }
 
@@ -145,13 +168,10 @@ int tile_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64
                 const float *bias, int64_t rows, int gated) {
     const layer a = {weight, bias, rows};
     if (!lines) return 0;
-    void *parts = whole_lines(size_of_parts(lines, in));
-    if (!parts) return 1;
+    void *room = whole_lines(size_of_parts(lines, in));
+    if (!room) return 1;
 #pragma omp parallel if (rows * in > 8192)
-    {
-        take_apart(parts, x, x_line, lines, in);
-        multiply_tiles(out, parts, lines, in, add, a, gated, weight);
-    }
-    free(parts);
+    multiply_tiles(out, take_apart(room, x, x_line, lines, in, 0, 0), lines, in, add, a, gated, weight);
+    free(room);
     return 0;
 }

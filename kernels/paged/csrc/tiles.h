@@ -74,10 +74,10 @@ typedef struct {
     uint8_t lines[16];
 } shapes;
 
-/* Tiles 0 to 3 are sums, 4 and 5 what lies on the left of a product, of so many lines, 6 and 7 what lies on the right. */
-INLINE void shape_tiles(int64_t lines) {
+/* Tiles from `right` on are what lies on the right of a product, those before it sums and what lies on the left, of so many lines. */
+INLINE void shape_tiles(int64_t lines, int64_t right) {
     shapes s __attribute__((aligned(64))) = {.palette = 1};
-    for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.lines[i] = i < 6 ? (uint8_t)lines : SIDE;
+    for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.lines[i] = i < right ? (uint8_t)lines : SIDE;
     __asm__ volatile("" : : "r"(&s) : "memory"); /* compilers know of the first 8 bytes alone that they are read */
     _tile_loadconfig(&s);
 }
@@ -85,6 +85,5 @@ INLINE void shape_tiles(int64_t lines) {
 
 int tiles_are_used(void);
 int amx_ready(void);
-void amx_take_apart(uint16_t *parts, const float *x, int64_t x_line, int64_t lines, int64_t in);
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
-                  const uint16_t *then);
+void amx_take_apart(uint16_t *parts, const float *x, int64_t line, int64_t lines, int64_t in, float scale, const float *factors);
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs);
