@@ -19,7 +19,7 @@ from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.stats import SpeculationStats, collect
 from hf_paged.speculation.verify import Drawing
-from hf_paged.speculation.visit import FRESH, STALE, Plan, Step, Visits
+from hf_paged.speculation.visit import STALE, Plan, Step, Visits
 from hf_paged.stats import Recorder
 from hf_paged.store import KVStore
 
@@ -52,7 +52,7 @@ class Drafting(Proposers):
         self.burst = self.leisure = 0
         self._visits: dict[Speculator, Visits] = {}
         self._visited: Visited | None = None
-        self._burst = False  # whether the latest steps were made at once, without drafts
+        self._burst = 0  # rows of the latest steps, if these were made at once, without drafts
         self._late = 0.0  # seconds that it took to learn from a visit: the next one's, since this one's are counted
 
     def drop(self, drafter: Drafter) -> None:
@@ -126,7 +126,7 @@ class Drafting(Proposers):
         """Several steps of `work`, with drafts; None: they are to be made one by one. Arguments: see `propose`."""
         speculator = visits.speculator
         if visits.since >= STALE and not speculator.has_drafter:
-            visits.since, self._rest, self._rows = 0, FRESH, len(work)
+            visits.since, self._rest, self._rows = 0, max(self.burst - 1, REST), len(work)
             return None
         speculator.rested(self._rested)
         speculator.texts.stepped(self._rested_seconds)
@@ -161,7 +161,7 @@ class Drafting(Proposers):
             if self._resting:
                 self.cost.note(count, count, self.measured(seconds / steps))
             self.forwarded(work, count, seconds / steps)
-        self._forward, self._burst = self.measured(seconds / steps), True
+        self._forward, self._burst = self.measured(seconds / steps), count
         rest = self._rest - steps + 1
         self._steps, self._rest = steps, rest if rest + 1 >= self.burst else 0  # a short one would cut a burst short
 
@@ -178,9 +178,11 @@ class Drafting(Proposers):
             return
         steps, rested = self._steps, self._rested_seconds
         if self._burst:
-            self._burst = False
+            each = self.measured(seconds) / steps
             for visits in self._visits.values():
-                visits.overhead.note(max(self.measured(seconds) / steps - self._forward, 0.0), 0)
+                visits.overhead.note(max(each - self._forward, 0.0), 0)
+                visits.bursts.note(self._burst, each)
+            self._burst = 0
         if self._resting:
             self._rested, self._rested_seconds = self._rested + steps, rested + self.measured(seconds)
             return
@@ -201,11 +203,11 @@ class Drafting(Proposers):
         visits = self._visits[plan.speculator]
         visits.since += 1
         self._visited, self._rows = (plan, visit, steps), len(plan.work)
-        self._rest = visits.rest(steps, plan) * self.burst
 
     def _learn(self, visited: Visited, seconds: float) -> None:
         plan, visit, steps = visited
         visits, made = self._visits[plan.speculator], visit.seconds[: len(steps)]
+        self._rest = visits.rest(steps, seconds, plan) * self.burst
         each = max(seconds - sum(forward + spent for forward, spent in made), 0.0) / max(len(steps), 1)
         self._resting = False
         drafted = any(step.verdicts for step in steps)

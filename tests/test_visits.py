@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.guide import MARGIN, Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, lookup
 from hf_paged.speculation.trial import Trial
-from hf_paged.speculation.visit import ENDING, KINDS
+from hf_paged.speculation.visit import ENDING, KINDS, Step, Visits
 
 pytestmark = pytest.mark.skipif(native_ops() is None, reason="there are no compiled ops")
 
@@ -121,6 +122,21 @@ def test_without_anything_made_to_pay(models, method, visits):
         for _ in range(3):
             assert [tokens(engine, [p], [given[0]])[0] for p in prompts] == wanted
     assert visits
+
+
+def test_visits_that_do_not_pay_are_followed_by_rests(models):
+    """Whatever was found in them: by what bursts of as many rows take."""
+    with engine_of(models[0], method="lookup") as engine:
+        visits = Visits(engine.speculator)
+    plan, found, steps = SimpleNamespace(speculator=visits.speculator), [(None, None)], 10
+    drafted, plain = ([Step(8, tokens, found if tokens > 8 else [])] * steps for tokens in (12, 8))
+    rests = [visits.rest(made, 1.0, plan) for made in (drafted, plain, plain, drafted)]
+    assert rests == [0, 1, 2, 0]  # what bursts take is not known yet
+    for _ in range(8):
+        visits.bursts.note(8, 0.001)
+    rests = [visits.rest(drafted, seconds * steps, plan) for seconds in (0.0014, 0.0016, 0.0016, *[0.0016] * 4, 0.0014)]
+    assert rests == [0, 1, 2, 3, 4, 4, 4, 0]
+    assert visits.rest(plain, 0.0011 * steps, plan) == 1
 
 
 @pytest.mark.parametrize("method", ["lookup", "draft"])

@@ -16,6 +16,7 @@ import numpy as np
 from hf_paged.kernels.native_verified import DEPTHS, MATCHES, MODEL, NODES, Made, Rules, TextRow, Visit
 from hf_paged.plan import PlanRow
 from hf_paged.speculation.acceptance import ROW_DECAY, ROW_TRUST
+from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.draft_model import DraftModel
 from hf_paged.speculation.drafter import KINDS, RANKS, likelihood
 from hf_paged.speculation.guide import MARGIN, Ledger, Overhead
@@ -28,11 +29,10 @@ MOST = 16  # steps at a visit
 FAR = 128  # slots that a visit takes at most, about
 SIZES = 48  # drafts of one step
 NODE = 2e-6  # seconds of a draft outside all forwards
-STALE = 12  # visits behind which what steps without drafts take is measured anew, in so many steps:
-FRESH = 3
+STALE = 12  # visits behind which what steps without drafts take is measured anew, in one burst
 OFTEN = 4  # visits between two looks at odds and costs
 ENDING = 4  # one of so many rows may end before a visit does, where nobody waits for its place
-LONGEST_REST = 4  # visits that are not made where there was nothing to verify in as many
+LONGEST_REST = 4  # visits that are not made where as many did not pay
 
 
 class Step(NamedTuple):
@@ -98,8 +98,9 @@ class Visits:
 
     def __init__(self, speculator: Speculator) -> None:
         self.speculator, self.odds = speculator, Odds(speculator)
-        self.misses = 0  # visits on end in which there was nothing to verify
+        self.misses = 0  # visits on end that did not pay
         self.since = 0  # visits since steps without drafts were made instead
+        self.bursts = CostTable()  # whole steps without drafts, by rows
         self.overhead = Overhead(node=NODE)  # of steps without drafts in bursts, of others in visits
         self._size = 0, 0  # rows and drafts whose costs are known
         self._known: tuple[Ledger, np.ndarray] | None = None
@@ -207,10 +208,16 @@ class Visits:
         if plan.model is not None and visit.chains[index][1]:
             plan.model.drafted(*visit.chains[index], visit.seconds[index][1])
 
-    def rest(self, steps: Sequence[Step], plan: Plan) -> int:
-        """Visits for which it is not worth to look again: more and more, where nothing was found."""
-        found = plan.speculator.has_drafter or any(step.verdicts for step in steps)
-        self.misses = 0 if found else min(self.misses + 1, LONGEST_REST)
+    def rest(self, steps: Sequence[Step], seconds: float, plan: Plan) -> int:
+        """Visits for which it is not worth to look again: more and more, where steps without drafts were faster.
+
+        Args:
+            seconds: of all these steps.
+        """
+        rows, tokens = sum(step.rows for step in steps), sum(step.tokens for step in steps)
+        usual = sum(self.bursts.seconds(step.rows) for step in steps)
+        paid = tokens * usual >= rows * seconds if usual else any(step.verdicts for step in steps)
+        self.misses = 0 if paid or plan.speculator.has_drafter else min(self.misses + 1, LONGEST_REST)
         return self.misses
 
     def settle(self, plan: Plan, visit: Visit) -> None:
