@@ -3,13 +3,17 @@
 #include <string.h>
 
 enum {
-    LINE = 16,  /* numbers of 32 bits that memory brings together */
-    AHEAD = 128 /* lines that it brings meanwhile: twice as fast as what the processor fetches by itself */
+    LINE = 16,   /* numbers of 32 bits that memory brings together */
+    STREAMS = 8, /* places that are read by turns: in each the processor fetches what comes, up to the end of a page of memory, */
+    AHEAD = 16   /* and beyond it these lines: a quarter faster than one place of which all is asked for */
 };
 
-static uint64_t sum_of(const char *at, int64_t pairs) {
+/* The sum of a line; lines are read in steps of `every`. */
+static uint64_t line_at(const char *at, int64_t line, int64_t every) {
     uint64_t sum = 0;
-    for (int64_t i = 0; i < pairs; i++) {
+    at += 4 * LINE * line;
+    __builtin_prefetch(at + 4 * LINE * AHEAD * every, 0, 2);
+    for (int64_t i = 0; i < LINE / 2; i++) {
         uint64_t bits;
         memcpy(&bits, at + 8 * i, sizeof bits);
         sum += bits;
@@ -23,13 +27,13 @@ uint64_t sum_of_bits(const char *const *at, const int64_t *sizes, int64_t arrays
     uint64_t sum = 0;
 #pragma omp parallel reduction(+ : sum)
     for (int64_t a = 0; a < arrays; a++) {
-        const int64_t lines = sizes[a] / LINE;
+        const int64_t lines = sizes[a] / LINE, count = lines > turn ? (lines - turn + every - 1) / every : 0, each = count / STREAMS;
         uint64_t own = 0;
 #pragma omp for schedule(static) nowait
-        for (int64_t l = turn; l < lines; l += every) {
-            __builtin_prefetch(at[a] + 4 * LINE * (l + AHEAD), 0, 2);
-            own += sum_of(at[a] + 4 * LINE * l, LINE / 2);
-        }
+        for (int64_t i = 0; i < each; i++)
+            for (int64_t s = 0; s < STREAMS; s++) own += line_at(at[a], turn + every * (s * each + i), every);
+#pragma omp single nowait
+        for (int64_t i = each * STREAMS; i < count; i++) own += line_at(at[a], turn + every * i, every);
 #pragma omp single nowait
         for (int64_t i = lines * LINE; i < sizes[a] && !turn; i++) {
             uint32_t bits;
