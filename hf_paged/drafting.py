@@ -13,13 +13,13 @@ from hf_paged.kernels.native_verified import Visit
 from hf_paged.memory import Memory
 from hf_paged.plan import PlanRow
 from hf_paged.proposers import Proposers
-from hf_paged.speculation.cost import KNOWN
+from hf_paged.speculation.cost import KNOWN, CostTable
 from hf_paged.speculation.drafter import Drafter
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.speculator import Speculator
 from hf_paged.speculation.stats import SpeculationStats, collect
 from hf_paged.speculation.verify import Drawing
-from hf_paged.speculation.visit import STALE, Plan, Step, Visits
+from hf_paged.speculation.visit import Plan, Step, Visits
 from hf_paged.stats import Recorder
 from hf_paged.store import KVStore
 
@@ -52,7 +52,8 @@ class Drafting(Proposers):
         self.burst = self.leisure = 0
         self._visits: dict[Speculator, Visits] = {}
         self._visited: Visited | None = None
-        self._burst = 0  # rows of the latest steps, if these were made at once, without drafts
+        self._burst_rows = 0  # of the latest steps, if these were made at once, without drafts
+        self._bursts = CostTable()  # such steps as a whole, by rows
         self._late = 0.0  # seconds that it took to learn from a visit: the next one's, since this one's are counted
 
     def drop(self, drafter: Drafter) -> None:
@@ -70,7 +71,7 @@ class Drafting(Proposers):
         Args:
             waits: whether rows wait for the places of these. soon: rows that decode once prompts have been read.
         """
-        self._nodes, self._steps, self.leisure = 0, 1, 0
+        self._nodes, self._steps, self.leisure, self._burst_rows = 0, 1, 0, 0
         if not self.speculators or self._rests(len(work)):
             self.leisure = 1 + self._rest
             return work, {}
@@ -119,14 +120,14 @@ class Drafting(Proposers):
         (speculator,) = found
         visits = self._visits.get(speculator)
         if visits is None:
-            visits = self._visits[speculator] = Visits(speculator)
+            visits = self._visits[speculator] = Visits(speculator, self._bursts)
         return visits if visits.serve(soon) else None
 
     def visit(self, visits: Visits, work: Rows[PlanRow], most: int, waits: bool, soon: int) -> Plan | None:
         """Several steps of `work`, with drafts; None: they are to be made one by one. Arguments: see `propose`."""
         speculator = visits.speculator
-        if visits.since >= STALE and not speculator.has_drafter:
-            visits.since, self._rest, self._rows = 0, max(self.burst - 1, REST), len(work)
+        if visits.stale():
+            visits.since, self._rest, self._rows = 0, max(self.burst, REST), len(work)
             return None
         speculator.rested(self._rested)
         speculator.texts.stepped(self._rested_seconds)
@@ -161,7 +162,7 @@ class Drafting(Proposers):
             if self._resting:
                 self.cost.note(count, count, self.measured(seconds / steps))
             self.forwarded(work, count, seconds / steps)
-        self._forward, self._burst = self.measured(seconds / steps), count
+        self._forward, self._burst_rows = self.measured(seconds / steps), count
         rest = self._rest - steps + 1
         self._steps, self._rest = steps, rest if rest + 1 >= self.burst else 0  # a short one would cut a burst short
 
@@ -177,16 +178,15 @@ class Drafting(Proposers):
             self._late = time.perf_counter() - begun
             return
         steps, rested = self._steps, self._rested_seconds
-        if self._burst:
-            each = self.measured(seconds) / steps
-            for visits in self._visits.values():
-                visits.overhead.note(max(each - self._forward, 0.0), 0)
-                visits.bursts.note(self._burst, each)
-            self._burst = 0
-        if self._resting:
-            self._rested, self._rested_seconds = self._rested + steps, rested + self.measured(seconds)
-            return
         seconds, tokens = self.measured(seconds) / steps, tokens / steps
+        if self._burst_rows:
+            self._bursts.note(self._burst_rows, seconds)
+            for visits in self._visits.values():
+                visits.overhead.note(max(seconds - self._forward, 0.0), 0)
+                visits.since = 0
+        if self._resting:
+            self._rested, self._rested_seconds = self._rested + steps, rested + steps * seconds
+            return
         self._rested, self._rested_seconds = steps - 1, (steps - 1) * seconds
         for speculator in self.speculators.values():
             speculator.stepped(tokens, seconds if self._plain else 0.0, rested)
@@ -202,7 +202,7 @@ class Drafting(Proposers):
         """Steps of a visit were taken; what became of drafts is learned when all that it took is known."""
         visits = self._visits[plan.speculator]
         visits.since += 1
-        self._visited, self._rows = (plan, visit, steps), len(plan.work)
+        self._visited, self._rest, self._rows = (plan, visit, steps), 0, len(plan.work)
 
     def _learn(self, visited: Visited, seconds: float) -> None:
         plan, visit, steps = visited

@@ -56,19 +56,23 @@ def compare(query, keys, values, rows, **settings):
 
 @pytest.mark.parametrize("heads, kv_heads, dim", [(6, 2, 64), (4, 4, 20), (8, 1, 128), (10, 2, 32)])
 @pytest.mark.parametrize("settings", [{}, {"window": 9}, {"softcap": 20.0}, {"sinks": True}])
-def test_queries_of_a_row_have_the_bits_of_each_by_itself(heads, kv_heads, dim, settings):
+@pytest.mark.parametrize("page_size", [4, 32])
+def test_queries_of_a_row_have_the_bits_of_each_by_itself(heads, kv_heads, dim, settings, page_size):
     """They read their slots together. What is no number where one of them lies is in none before it."""
-    query, keys, values, rows = scene(np.random.default_rng(7), 4, heads, kv_heads, dim, dim, [0] * 5, [1, 3, 7, 2, 8])
+    query, keys, values, rows = scene(
+        np.random.default_rng(7), page_size, heads, kv_heads, dim, dim, [0] * 5, [1, 3, 7, 2, 8]
+    )
     rows = rows(False)
     lens, context, table = rows.query_lens, rows.context_lens, rows.page_table
     settings = {"scale": 0.2, **settings, **({"sinks": torch.randn(heads)} if "sinks" in settings else {})}
     places = [(row, int(context[row] - lens[row] + i)) for row in range(5) for i in range(lens[row])]
     last = context[4] - 1
-    values[table[4, last // 4], :, last % 4] = torch.nan
+    for pages in (keys, values):
+        pages[table[4, last // page_size], :, last % page_size] = torch.nan
     together = paged_attention(query, keys, values, rows, **settings)
     for index, (row, place) in enumerate(places):
         at = np.array([place + 1]), table[row : row + 1]
-        one = PagedRows(4, 1, np.array([1]), *at, torch.zeros(1, dtype=torch.long), grouped=False)
+        one = PagedRows(page_size, 1, np.array([1]), *at, torch.zeros(1, dtype=torch.long), grouped=False)
         got = paged_attention(query[index : index + 1], keys, values, one, **settings)
         assert torch.equal(got[0], together[index]) or index == len(places) - 1
 

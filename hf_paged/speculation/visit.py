@@ -29,7 +29,8 @@ MOST = 16  # steps at a visit
 FAR = 128  # slots that a visit takes at most, about
 SIZES = 48  # drafts of one step
 NODE = 2e-6  # seconds of a draft outside all forwards
-STALE = 12  # visits behind which what steps without drafts take is measured anew, in one burst
+STALE = 12  # visits behind which what steps without drafts take is measured anew, in a burst
+CLEAR = 1.25  # a gain with which that can wait, four times as long
 OFTEN = 4  # visits between two looks at odds and costs
 ENDING = 4  # one of so many rows may end before a visit does, where nobody waits for its place
 LONGEST_REST = 4  # visits that are not made where as many did not pay
@@ -94,13 +95,17 @@ class Plan:
 
 
 class Visits:
-    """Plans visits for a speculator's rows, and learns from them."""
+    """Plans visits for a speculator's rows, and learns from them.
 
-    def __init__(self, speculator: Speculator) -> None:
-        self.speculator, self.odds = speculator, Odds(speculator)
+    Args:
+        bursts: what whole steps without drafts take, by rows.
+    """
+
+    def __init__(self, speculator: Speculator, bursts: CostTable) -> None:
+        self.speculator, self.odds, self.bursts = speculator, Odds(speculator), bursts
         self.misses = 0  # visits on end that did not pay
         self.since = 0  # visits since steps without drafts were made instead
-        self.bursts = CostTable()  # whole steps without drafts, by rows
+        self._clear = False  # whether the latest one gained much
         self.overhead = Overhead(node=NODE)  # of steps without drafts in bursts, of others in visits
         self._size = 0, 0  # rows and drafts whose costs are known
         self._known: tuple[Ledger, np.ndarray] | None = None
@@ -216,9 +221,15 @@ class Visits:
         """
         rows, tokens = sum(step.rows for step in steps), sum(step.tokens for step in steps)
         usual = sum(self.bursts.seconds(step.rows) for step in steps)
-        paid = tokens * usual >= rows * seconds if usual else any(step.verdicts for step in steps)
+        found = any(step.verdicts for step in steps)
+        paid = found and (not usual or tokens * usual > rows * seconds)
+        self._clear = paid and tokens * usual > CLEAR * rows * seconds
         self.misses = 0 if paid or plan.speculator.has_drafter else min(self.misses + 1, LONGEST_REST)
         return self.misses
+
+    def stale(self) -> bool:
+        """Whether it is time to see again what steps without drafts take."""
+        return not self.speculator.has_drafter and self.since >= (4 if self._clear else 1) * STALE
 
     def settle(self, plan: Plan, visit: Visit) -> None:
         """The draft model has KV of so many of the row's tokens."""

@@ -29,7 +29,8 @@ SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11", "-w")
 EXACT = {
     "sampling": ("-fno-fast-math", "-ffp-contract=off"),  # here what is compared is rounded as torch rounds it
-    # Here a line's sums are the same whatever stands beside it.
+    # Here a line's sums are the same whatever stands beside it, and whoever norms it.
+    "elementwise": ("-fno-associative-math",),
     "tiles": ("-fno-associative-math",),
     "amx": ("-fno-associative-math",),
     "grouped_amx": ("-fno-associative-math",),  # what is taken apart is what is left

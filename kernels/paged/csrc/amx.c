@@ -74,8 +74,8 @@ INLINE void finish(const target *t, const piece *p, int64_t from, int64_t to, co
 /* Block j of the inputs of a pair of tiles of weights, or of one of them, tile `b`. */
 INLINE const uint16_t *tile_at(const uint16_t *weight, int64_t j, int64_t b) { return weight + (2 * j + b) * TILE; }
 
-/* The products of a piece. The piece before is finished beside them: a processor that waited for its last products would not get as
- * far as the weights that come next, and nothing would fetch them. Prefetches only took the place of these loads. */
+/* The products of a piece. The piece before, whose sums its own replace, is finished beside them: a processor that waited for its last
+ * products would not get as far as the weights that come next, and nothing would fetch them. Prefetches by the program were slower. */
 INLINE void multiply(const target *t, const piece *p, const piece *before, const uint16_t *weight, int64_t deep, const int two) {
     const uint16_t *parts = p->parts, *more = parts + deep * TILE;
     const int64_t each = before->lines / deep + 1;
@@ -138,18 +138,17 @@ static void multiply_all_apart(const target *t, const uint16_t *parts, int64_t l
 /* As many lines at a time as stay in the second level for all weights. */
 static void multiply_together(const target *t, const uint16_t *parts, int64_t lines, int64_t deep, const uint16_t *weight, share own) {
     const int64_t all = blocks_of(lines, TOGETHER), fit = KEPT / deep > 2 ? KEPT / deep / 2 * 2 : 2;
-    square sums[2][4] __attribute__((aligned(64)));
+    square sums[4] __attribute__((aligned(64)));
     piece now = {0};
-    int turn = 0;
     shape_tiles(lines < TOGETHER ? PARTS * lines : SIDE, 6);
     for (int64_t first = 0; first < all; first += fit) {
         const int64_t end = all - first < fit ? all : first + fit;
         for (int64_t pair = own.begin; pair < own.end; pair++)
-            for (int64_t g = first; g < end; g += 2, turn ^= 1) {
+            for (int64_t g = first; g < end; g += 2) {
                 const int64_t line = g * TOGETHER, left = lines - line, two = g + 1 < end, most = (1 + two) * TOGETHER;
                 const uint16_t *w = weight + pair * deep * 2 * TILE;
                 const piece before = now;
-                now = (piece){parts + g * deep * TILE, line, left < most ? left : most, pair, sums[turn]};
+                now = (piece){parts + g * deep * TILE, line, left < most ? left : most, pair, sums};
                 if (two) multiply(t, &now, &before, w, deep, 1);
                 else multiply(t, &now, &before, w, deep, 0);
             }

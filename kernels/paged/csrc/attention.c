@@ -1,4 +1,4 @@
-/* Attention over pages in float32, each query by itself, for `native.py`, which compiles this on the machine that runs it. */
+/* Attention over pages in float32, as if each query were by itself, for `native.py`, which compiles this on the machine that runs it. */
 #include "attention.h"
 #include "blocks.h"
 #include <stdlib.h>
@@ -36,11 +36,11 @@ INLINE void attend(const rows_task *a, float *scores, int64_t stride, run r, spa
                value_dim);
 }
 
-enum { LONGEST = 4 }; /* queries of a run */
+enum { RUN = 4 }; /* queries of a run at most */
 
 /* All queries as runs, as many as let every thread have some. Returns how many. */
 static int64_t split(run *runs, const rows_task *a) {
-    const int64_t each = a->rows * a->kv_heads / omp_get_num_threads(), most = each < 1 ? 1 : each < LONGEST ? each : LONGEST;
+    const int64_t each = a->rows * a->kv_heads / omp_get_num_threads(), most = each < 1 ? 1 : each < RUN ? each : RUN;
     int64_t count = 0;
     for (int64_t r = 0; r < a->rows; r++) {
         const int alike = r && a->line_of[r] == a->line_of[r - 1] && (!a->begin || a->begin[r] == a->begin[r - 1]);
@@ -58,13 +58,13 @@ static span slots_of(const rows_task *a, run r, int64_t head, const float *pages
                   a->page, dim};
 }
 
-/* Each query by itself, by the threads of a team; see `decode_attention`. */
+/* `decode_attention` by the threads of a team. */
 void attend_rows(const rows_task *a) {
     const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
     int64_t longest = 0, item, after;
     for (int64_t r = 0; r < a->rows; r++) longest = a->context[r] > longest ? a->context[r] : longest;
     const int64_t stride = (longest + 31) / 16 * 16;
-    run *runs = malloc(sizeof(run) * (size_t)a->rows + sizeof(float) * (size_t)(LONGEST * group * stride));
+    run *runs = malloc(sizeof(run) * (size_t)a->rows + sizeof(float) * (size_t)(RUN * group * stride));
     float *scores = (float *)(runs + a->rows);
     if (!runs) *a->failed = 1;
     const int64_t items = runs ? split(runs, a) * a->kv_heads : 0;
@@ -93,7 +93,7 @@ void attend_rows(const rows_task *a) {
     free(runs);
 }
 
-/* Each query by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
+/* Each query as if by itself. query: [rows, heads, dim], rows query_line floats apart; out: [rows, heads, value_dim]; query r
  * sees slots [begin[r], context[r]) of line line_of[r] of table [lines, table_width], as far as visible and base (see `tree`)
  * allow; begin null: from the first. Returns 0, or 1 where memory ran out. */
 int decode_attention(float *out, const float *query, int64_t query_line, const float *keys, const float *values, const int64_t *table,

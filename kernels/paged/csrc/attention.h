@@ -56,7 +56,7 @@ INLINE void score_slots(float *scores, int64_t stride, const float *query, int64
             float *score = scores + q * group * stride + t - keys.begin;
             for (int64_t g = 0; g < group; g++) {
                 if (q == 0) fetch(next + g * LANES / group * dim, ((g + 1) * LANES / group - g * LANES / group) * dim);
-                if (whole) { /* what lies behind `end` on the page is finite, and nobody reads its score */
+                if (whole) { /* nobody reads the scores of what lies behind `end` on the page */
                     *(lanes *)(score + g * stride) = dot_keys(heads + g * dim, key, dim) * scale;
                     continue;
                 }
@@ -141,7 +141,7 @@ INLINE void add_slots(float *out, const float *weights, int64_t stride, const fl
 }
 
 /* out[q * out_line + g * dim, :] = sum of weights[(q * group + g) * stride + i] * value of the i-th slot, of those before ends[q], for
- * `count` queries. No other is multiplied, not even by zero: a draft may have left what is no number there. */
+ * `count` queries. What lies behind is not multiplied, not even by zero: a draft may have left what is no number there. */
 INLINE void sum_values(float *out, int64_t out_line, const float *weights, int64_t stride, int64_t count, const int64_t *ends,
                        span values, span then, const int64_t group, const int64_t dim) {
     for (int64_t q = 0; q < count; q++)
@@ -152,7 +152,7 @@ INLINE void sum_values(float *out, int64_t out_line, const float *weights, int64
         for (int64_t q = 0; q < count; q++) {
             const int64_t sees = ends[q] - t < n ? ends[q] - t : n;
             const float *weight = weights + q * group * stride + t - values.begin;
-            add_slots(out + q * out_line, weight, stride, value, sees, q ? 0 : next, group, dim);
+            if (sees > 0) add_slots(out + q * out_line, weight, stride, value, sees, q ? 0 : next, group, dim);
         }
     }
 }

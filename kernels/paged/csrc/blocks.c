@@ -61,14 +61,13 @@ typedef struct {
 static const float *normed(const state *s, const source *a) {
     if (!a->norm) return a->x;
     normalize(a->spare, a->x, a->norm, s->eps, a->lines, a->in);
-#pragma omp barrier
     return a->spare;
 }
 
 static void *apart(const state *s, const source *a) { return take_apart(s->parts, a->x, a->in, a->lines, a->in, a->norm, s->eps); }
 
 /* out: `a` through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. `then`: tiles that
- * the thread reads next. */
+ * the thread reads next. `out` is not what `a` reads: threads take it apart when they get there. */
 static void products(const state *s, float *out, const source *a, const float *add, const layer *layers, const void *then) {
     if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, add, layers[0], 0, then);
     else multiply_lines(out, normed(s, a), a->in, a->lines, a->in, add, layers);

@@ -1,6 +1,6 @@
 /* A forward over a few lines: what it is made of, what it takes from the other files, and who calls it. All functions but
  * `share_groups` and the last ones are called by every thread of a team, which share the work; they have all done theirs when one
- * returns, but for the attentions. */
+ * returns, but for the attentions, `normalize_heads` and `take_apart`. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -85,6 +85,7 @@ typedef struct {
     const int64_t *top_k, *seeds, *positions;
 } settings;
 
+float norm_scale(const float *x, float eps, int64_t width);
 void normalize(float *out, const float *x, const float *weight, float eps, int64_t lines, int64_t width);
 void normalize_heads(float *x, int64_t x_line, const float *weight, float eps, int64_t lines, int64_t heads, int64_t dim);
 void rotate_lines(float *query, float *key, const float *value, const float *cos, const float *sin, float *keys, float *values,

@@ -63,21 +63,6 @@ INLINE float total(lanes x) {
     return sum;
 }
 
-/* What x is multiplied by to have a mean square of 1. */
-INLINE float norm_scale(const float *x, float eps, int64_t width) {
-    enum { SUMS = 4 }; /* at once: each waits for its last addition */
-    lanes sums[SUMS] = {0};
-    int64_t i = 0;
-    for (; i + SUMS * LANES <= width; i += SUMS * LANES)
-        for (int v = 0; v < SUMS; v++) {
-            const lanes y = *(const lanes *)(x + i + v * LANES);
-            sums[v] += y * y;
-        }
-    float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < width; i++) sum += x[i] * x[i];
-    return 1 / sqrtf(sum / width + eps);
-}
-
 INLINE float largest(lanes x) {
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;

@@ -8,8 +8,8 @@ enum {
     AHEAD = 16   /* and beyond it these lines: a quarter faster than one place of which all is asked for */
 };
 
-/* The sum of a line; lines are read in steps of `every`. */
-static uint64_t line_at(const char *at, int64_t line, int64_t every) {
+/* Lines are read in steps of `every`. */
+static uint64_t sum_of_line(const char *at, int64_t line, int64_t every) {
     uint64_t sum = 0;
     at += 4 * LINE * line;
     __builtin_prefetch(at + 4 * LINE * AHEAD * every, 0, 2);
@@ -31,14 +31,15 @@ uint64_t sum_of_bits(const char *const *at, const int64_t *sizes, int64_t arrays
         uint64_t own = 0;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < each; i++)
-            for (int64_t s = 0; s < STREAMS; s++) own += line_at(at[a], turn + every * (s * each + i), every);
+            for (int64_t s = 0; s < STREAMS; s++) own += sum_of_line(at[a], turn + every * (s * each + i), every);
 #pragma omp single nowait
-        for (int64_t i = each * STREAMS; i < count; i++) own += line_at(at[a], turn + every * i, every);
-#pragma omp single nowait
-        for (int64_t i = lines * LINE; i < sizes[a] && !turn; i++) {
-            uint32_t bits;
-            memcpy(&bits, at[a] + 4 * i, sizeof bits);
-            own += bits;
+        {
+            for (int64_t i = each * STREAMS; i < count; i++) own += sum_of_line(at[a], turn + every * i, every);
+            for (int64_t i = lines * LINE; i < sizes[a] && !turn; i++) {
+                uint32_t bits;
+                memcpy(&bits, at[a] + 4 * i, sizeof bits);
+                own += bits;
+            }
         }
         sum += own * (uint64_t)(2 * a + 1); /* so that two arrays cannot trade places */
     }

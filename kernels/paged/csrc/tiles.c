@@ -4,8 +4,6 @@
 #include "tiles.h"
 #include <string.h>
 
-enum { ALONE = SIDE }; /* lines that every thread takes apart for itself */
-
 static int amx; /* whether tiles are multiplied as such */
 
 /* As such if that is wanted and can be. */
@@ -63,9 +61,18 @@ static size_t size_of_lines(int64_t lines, int64_t in) {
     return amx ? sizeof(uint16_t) * (size_t)(blocks_of(lines, TOGETHER) * deep * TILE) : sizeof(float) * (size_t)(lines * deep * DEEP);
 }
 
+/* Lines up to which every thread takes all of them apart for itself: to read what another one wrote takes longer. Of many threads each
+ * would write more than its products read. */
+static int64_t alone(void) {
+    enum { COPIES = 4 * SIDE }; /* of a line, in all */
+    const int64_t each = COPIES / omp_get_max_threads();
+    return each < SIDE ? each : SIDE;
+}
+
 /* Bytes that `take_apart` writes of up to so many lines. */
 size_t size_of_parts(int64_t lines, int64_t in) {
-    const size_t shared = size_of_lines(lines, in), own = size_of_lines(lines < ALONE ? lines : ALONE, in) * (size_t)omp_get_max_threads();
+    const int64_t few = lines < alone() ? lines : alone();
+    const size_t shared = size_of_lines(lines, in), own = size_of_lines(few, in) * (size_t)omp_get_max_threads();
     return shared > own ? shared : own;
 }
 
@@ -86,10 +93,10 @@ static __attribute__((noinline)) void take_line(void *parts, const float *x, int
 }
 
 /* Lines of x, normed if there is a norm, as `multiply_tiles` takes them; called by every thread of a team, when x is there. Returns
- * where the caller finds them in `room`. Each thread makes all of few lines for itself: to read what another one wrote takes longer.
- * Inputs are filled up by zeros. */
+ * where the caller finds them in `room`. Others may still read x: products, at whose end all wait, go elsewhere. Inputs are filled up by
+ * zeros. */
 void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *norm, float eps) {
-    if (lines <= ALONE) {
+    if (lines <= alone()) {
         void *parts = (char *)room + size_of_lines(lines, in) * (size_t)omp_get_thread_num();
         for (int64_t l = 0; l < lines; l++) take_line(parts, x + l * x_line, l, lines, in, norm, eps);
         return parts;
@@ -155,7 +162,8 @@ const void *first_tiles(layer a, int64_t in, int gated) {
 
 /* Products of `lines` lines, see `take_apart`, with the tiles of a layer, by the threads of a team: out [lines, rows] is their sum
  * with the bias and `add`, of the shape of out, where there are such. If gated, gates and ups of a layer take turns as tiles, and out
- * is silu(gate) * up; the bias is that of all gates, then of all ups. `then`: weights that the thread reads next, in another call. */
+ * is silu(gate) * up; the bias is that of all gates, then of all ups. `then`: weights that the thread reads next, in another call (AMX does
+ * without). */
 void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then) {
     const target t = {out, a.bias, add, a.rows, gated};
     const int64_t pairs = pairs_of(a.rows, gated);

@@ -2,7 +2,6 @@
 #pragma once
 #include "blocks.h"
 #include "lanes.h"
-#include <omp.h>
 
 enum {
     SIDE = 16,              /* outputs of a tile */
