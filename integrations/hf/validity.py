@@ -85,8 +85,8 @@ class Fingerprint:
 class Validity:
     """Tells when stored KV is void: at the beginning of calls, and between steps.
 
-    With the bundled model (75 weights) `begin` takes 0.4 ms where nothing has changed (1 ms behind a generation, which has
-    swept the caches), and `step` 0.02 to 0.1 ms.
+    With the bundled model (75 weights) `begin` takes 0.4 ms where nothing has changed (1 ms behind a generation, which
+    has swept the caches), and `step` 0.02 to 0.1 ms.
 
     Args:
         model: function that gives the model.
