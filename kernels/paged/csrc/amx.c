@@ -71,6 +71,13 @@ INLINE void finish(const target *t, const piece *p, int64_t from, int64_t to, co
     }
 }
 
+/* Writes lines of a piece from `done` on, a block's share of them. Returns those that are written then. */
+INLINE int64_t finish_some(const target *t, const piece *p, int64_t done, int64_t deep, const int apart) {
+    const int64_t end = done + p->lines / deep + 1, to = end < p->lines ? end : p->lines;
+    finish(t, p, done, to, apart);
+    return to;
+}
+
 /* Block j of the inputs of a pair of tiles of weights, or of one of them, tile `b`. */
 INLINE const uint16_t *tile_at(const uint16_t *weight, int64_t j, int64_t b) { return weight + (2 * j + b) * TILE; }
 
@@ -78,17 +85,15 @@ INLINE const uint16_t *tile_at(const uint16_t *weight, int64_t j, int64_t b) { r
  * products would not get as far as the weights that come next, and nothing would fetch them. Prefetches by the program were slower. */
 INLINE void multiply(const target *t, const piece *p, const piece *before, const uint16_t *weight, int64_t deep, const int two) {
     const uint16_t *parts = p->parts, *more = parts + deep * TILE;
-    const int64_t each = before->lines / deep + 1;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int64_t j = 0, done = 0, end; j < deep; j++, done = end) {
+    for (int64_t j = 0, done = 0; j < deep; j++) {
         _tile_loadd(6, tile_at(weight, j, 0), 64);
         _tile_loadd(4, parts + j * TILE, 64); _tile_dpbf16ps(0, 4, 6);
         if (two) { _tile_loadd(5, more + j * TILE, 64); _tile_dpbf16ps(2, 5, 6); }
         _tile_loadd(7, tile_at(weight, j, 1), 64);
         _tile_dpbf16ps(1, 4, 7);
         if (two) _tile_dpbf16ps(3, 5, 7);
-        end = done + each < before->lines ? done + each : before->lines;
-        finish(t, before, done, end, 0);
+        done = finish_some(t, before, done, deep, 0);
     }
     _tile_stored(0, p->sums[0], 64); _tile_stored(1, p->sums[1], 64);
     if (!two) return;
@@ -106,17 +111,15 @@ INLINE void multiply(const target *t, const piece *p, const piece *before, const
  * their way to memory is waited for: `before` has those of its second tile there still. */
 INLINE void multiply_apart(const target *t, const piece *p, const piece *before, const uint16_t *weight, int64_t deep) {
     const uint16_t *parts = p->parts;
-    const int64_t each = before->lines / deep + 1;
     _tile_zero(0); _tile_zero(1); _tile_zero(2);
     for (int64_t j = 0; j < deep; j++) {
         MULTIPLY_PARTS(0, 1, 2, 0);
         if (j == deep / 2) { _tile_stored(3, p->sums[3], 64); _tile_stored(4, p->sums[4], 64); _tile_stored(5, p->sums[5], 64); }
     }
     _tile_zero(3); _tile_zero(4); _tile_zero(5);
-    for (int64_t j = 0, done = 0, end; j < deep; j++, done = end) {
+    for (int64_t j = 0, done = 0; j < deep; j++) {
         MULTIPLY_PARTS(3, 4, 5, 1);
-        end = done + each < before->lines ? done + each : before->lines;
-        finish(t, before, done, end, 1);
+        done = finish_some(t, before, done, deep, 1);
     }
     _tile_stored(0, p->sums[0], 64); _tile_stored(1, p->sums[1], 64); _tile_stored(2, p->sums[2], 64);
 }
