@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from hf_paged.kernels.advance import advance_kernel
-from hf_paged.kernels.decode import decode_constants, decode_kernel
+from hf_paged.kernels.decode import decode_constants
+from hf_paged.kernels.decode_kernel import decode_kernel
 from hf_paged.kernels.draw import BLOCK, WARPS, draw_kernel
 from hf_paged.kernels.extend import extend_constants, extend_kernel
 from hf_paged.kernels.gate import GATE_BLOCK, gate_kernel

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hf_paged.kernels.overlap import admit_next, await_others
 from hf_paged.kernels.tiles import load_pages, vectors
-from hf_paged.kernels.tiles_apart import over_shares, queries, slots_apart, widened
+from hf_paged.kernels.tiles_apart import add_pairs, joined, queries, slots_apart, weighed
 
 # A word at `$2`, page `[$1]` of `$3` bytes, where `$4` is not 0. (As loads of Triton's own, of which one gives the
 # address of the other and that the address of a tile, they would keep the loop's loads from running ahead.)
@@ -50,18 +50,23 @@ def probed(
 
 
 @triton.jit
-def weighed(acc, odd, most, total, scores, value, held, scale, OVERLAP: tl.constexpr):
-    """A tile's values weighted by their scores: a step of `attend_apart`, over fp8."""
-    scores = tl.where(held[:, :, None], scores, float("-inf"))
-    peak = tl.maximum(most, tl.max(scores, 1) * scale)
-    around = tl.where(peak == float("-inf"), 0.0, peak)
-    weights = tl.exp2(scores * scale - around[:, None, :])
-    fade = tl.exp2(most - around)
-    total = total * fade + tl.sum(weights, 1)
-    weights = weights.to(tl.float16)
-    acc = tl.dot(widened(value, False, OVERLAP), weights, acc * fade[:, None, :])
-    odd = tl.dot(widened(value, True, OVERLAP), weights, odd * fade[:, None, :])
-    return acc, odd, peak, total
+def load_values(
+    value_pages, pages, begin, n, stop, PAIRS: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Values of slots `begin + n` in pairs, `[SHARES, PAIRS, N]`, 0 from `stop` on; and which lie before it."""
+    held = begin + n < stop
+    at = vectors(value_pages, pages, begin, n, KV_HEADS, PAGE_SIZE, PAIRS, BLOCK_N)
+    pairs = tl.arange(0, PAIRS)[None, :, None]
+    return tl.load(at[:, None, :] + pairs, mask=held[:, None, :], other=0), held
+
+
+@triton.jit
+def add_tile(acc, odd, most, total, scores, value, held, scale, OVERLAP: tl.constexpr):
+    """A tile's values, weighted by its scores."""
+    weights, fade, most, total = weighed(scores, held, most, total, scale)
+    acc, odd = add_pairs(acc, odd, value, weights, fade, OVERLAP)
+    return acc, odd, most, total
 
 
 @triton.jit
@@ -82,8 +87,8 @@ def attend_ahead(
     n = slots_apart(BLOCK_N, SHARES)
     both = slots_apart(STEP, 2 * SHARES)
     d = tl.arange(0, KEY_DIM)[None, None, :]
-    v = tl.arange(0, VALUE_DIM // 2)[None, :, None]
-    acc = tl.zeros([SHARES, VALUE_DIM // 2, BLOCK_M], tl.float32)
+    PAIRS: tl.constexpr = VALUE_DIM // 2
+    acc = tl.zeros([SHARES, PAIRS, BLOCK_M], tl.float32)
     odd = acc
     most = tl.full([SHARES, BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([SHARES, BLOCK_M], tl.float32)
@@ -109,24 +114,20 @@ def attend_ahead(
         # Splits begin at multiples of BLOCK_N, not of STEP.
         at = vectors(key_pages, of_keys, begin, both, KV_HEADS, PAGE_SIZE, KEY_DIM, BLOCK_N)
         key = tl.load(at[:, :, None] + d)
-        at = vectors(value_pages, first, begin, n, KV_HEADS, PAGE_SIZE, VALUE_DIM // 2, BLOCK_N)
-        first_held = begin + n < stop
-        first_value = tl.load(at[:, None, :] + v, mask=first_held[:, None, :], other=0)
-        at = vectors(value_pages, second, begin + BLOCK_N, n, KV_HEADS, PAGE_SIZE, VALUE_DIM // 2, BLOCK_N)
-        second_held = begin + BLOCK_N + n < stop
-        second_value = tl.load(at[:, None, :] + v, mask=second_held[:, None, :], other=0)
+        # fmt: off
+        first_value, first_held = load_values(
+            value_pages, first, begin, n, stop, PAIRS, KV_HEADS, PAGE_SIZE, BLOCK_N
+        )
+        second_value, second_held = load_values(
+            value_pages, second, begin + BLOCK_N, n, stop, PAIRS, KV_HEADS, PAGE_SIZE, BLOCK_N
+        )
+        # fmt: on
         if OVERLAP and begin == start:
             await_others(OVERLAP)
             admit_next(OVERLAP)
             query = queries(query_at, real, True)
         scores = tl.reshape(tl.dot(key.to(tl.float16), query), (2, SHARES, BLOCK_N // SHARES, BLOCK_M))
         one, other = tl.split(tl.permute(scores, (1, 2, 3, 0)))
-        acc, odd, most, total = weighed(acc, odd, most, total, one, first_value, first_held, scale, OVERLAP)
-        acc, odd, most, total = weighed(acc, odd, most, total, other, second_value, second_held, scale, OVERLAP)
-    peak = tl.max(most, 0)
-    around = tl.where(peak == float("-inf"), 0.0, peak)
-    fade = tl.exp2(most - around[None, :])
-    acc = over_shares(acc * fade[:, None, :], SHARES)
-    halves = tl.join(acc, over_shares(odd * fade[:, None, :], SHARES))
-    acc = tl.reshape(tl.permute(halves, (0, 2, 1)), (VALUE_DIM, BLOCK_M))
-    return acc, peak, tl.sum(total * fade, 0)
+        acc, odd, most, total = add_tile(acc, odd, most, total, one, first_value, first_held, scale, OVERLAP)
+        acc, odd, most, total = add_tile(acc, odd, most, total, other, second_value, second_held, scale, OVERLAP)
+    return joined(acc, odd, most, total, True, SHARES, BLOCK_M)

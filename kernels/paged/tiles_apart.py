@@ -40,6 +40,44 @@ def over_shares(x, SHARES: tl.constexpr):
 
 
 @triton.jit
+def weighed(scores, held, most, total, factor):
+    """A step of the softmax of each share: of scores `[SHARES, N, M]`, those `held` `[SHARES, N]`, what has been summed
+    before by the largest scores and sums of weights `[SHARES, M]`.
+
+    Returns:
+        weights, by what to scale what was summed before, largest score, sum of weights.
+    """
+    scores = tl.where(held[:, :, None], scores, float("-inf"))
+    peak = tl.maximum(most, tl.max(scores, 1) * factor)
+    around = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(scores * factor - around[:, None, :])
+    fade = tl.exp2(most - around)
+    return weights, fade, peak, total * fade + tl.sum(weights, 1)
+
+
+@triton.jit
+def add_pairs(acc, odd, value, weights, fade, ASSEMBLY: tl.constexpr):
+    """Values in pairs of e4m3, weighted, to the sums of the first and of the second of each."""
+    weights = weights.to(tl.float16)
+    acc = tl.dot(widened(value, False, ASSEMBLY), weights, acc * fade[:, None, :])
+    odd = tl.dot(widened(value, True, ASSEMBLY), weights, odd * fade[:, None, :])
+    return acc, odd
+
+
+@triton.jit
+def joined(acc, odd, most, total, PAIRS: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the shares have come to, as one: weighted values `[V, M]`, largest score and sum of weights `[M]`."""
+    peak = tl.max(most, 0)
+    around = tl.where(peak == float("-inf"), 0.0, peak)
+    fade = tl.exp2(most - around[None, :])
+    acc = over_shares(acc * fade[:, None, :], SHARES)
+    if PAIRS:
+        both = tl.join(acc, over_shares(odd * fade[:, None, :], SHARES))
+        acc = tl.reshape(tl.permute(both, (0, 2, 1)), (2 * acc.shape[0], BLOCK_M))
+    return acc, peak, tl.sum(total * fade, 0)
+
+
+@triton.jit
 def queries(at, real, NARROW: tl.constexpr):
     """Queries `[SHARES, D, M]`; over pages in fp8 as float16, which is what is computed with there."""
     query = tl.load(at, mask=real, other=0.0)
@@ -51,31 +89,11 @@ def queries(at, real, NARROW: tl.constexpr):
 
 @triton.jit
 def attend_apart(
-    query_at,
-    real,
-    key_pages,
-    value_pages,
-    table,
-    next_pages,
-    start,
-    stop,
-    low,
-    fresh,
-    scale,
-    cap,
-    KV_HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SHARES: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    query_at, real, key_pages, value_pages, table, next_pages, start, stop, low, fresh, scale, cap,
+    KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """As `attend` from nothing, with a tile's slots dealt out to `SHARES` warps, each with a softmax of its own.
 
     Products over a first axis of as many as there are warps give each warp one of them. So warps exchange neither
@@ -137,24 +155,10 @@ def attend_apart(
         if CAPPED:
             scores = softcapped(scores * scale, cap)
             factor = 1.0
-        scores = tl.where(held[:, :, None], scores, float("-inf"))
-        peak = tl.maximum(most, tl.max(scores, 1) * factor)
-        around = tl.where(peak == float("-inf"), 0.0, peak)
-        weights = tl.exp2(scores * factor - around[:, None, :])
-        fade = tl.exp2(most - around)
-        total = total * fade + tl.sum(weights, 1)
-        weights = weights.to(DTYPE)
+        weights, fade, most, total = weighed(scores, held, most, total, factor)
         if NARROW:
-            acc = tl.dot(widened(value, False, OVERLAP), weights, acc * fade[:, None, :])
-            odd = tl.dot(widened(value, True, OVERLAP), weights, odd * fade[:, None, :])
+            acc, odd = add_pairs(acc, odd, value, weights, fade, OVERLAP)
         else:
+            weights = weights.to(DTYPE)
             acc = tl.dot(value.to(DTYPE), weights, acc * fade[:, None, :], input_precision=PRECISION)
-        most = peak
-    peak = tl.max(most, 0)
-    around = tl.where(peak == float("-inf"), 0.0, peak)
-    fade = tl.exp2(most - around[None, :])
-    acc = over_shares(acc * fade[:, None, :], SHARES)
-    if NARROW:
-        both = tl.join(acc, over_shares(odd * fade[:, None, :], SHARES))
-        acc = tl.reshape(tl.permute(both, (0, 2, 1)), (VALUE_DIM, BLOCK_M))
-    return acc, peak, tl.sum(total * fade, 0)
+    return joined(acc, odd, most, total, NARROW, SHARES, BLOCK_M)
