@@ -61,14 +61,14 @@ static size_t size_of_lines(int64_t lines, int64_t in) {
     return amx ? sizeof(uint16_t) * (size_t)(blocks_of(lines, TOGETHER) * deep * TILE) : sizeof(float) * (size_t)(lines * deep * DEEP);
 }
 
-/* Every thread takes all of few lines apart for itself, so many copies of lines in all: to read what another one wrote takes longer. Of
- * many threads each would write more than its products read. */
-enum { COPIES = 4 * SIDE };
+/* Every thread takes all of up to OWN lines apart for itself, up to COPIES in all: to read what another one wrote takes longer. Of many
+ * threads each would write more than its products read. */
+enum { OWN = 2 * SIDE, COPIES = 4 * SIDE };
 
 /* Bytes that `take_apart` writes of up to so many lines, by a team of any size. */
 size_t size_of_parts(int64_t lines, int64_t in) {
     const size_t shared = size_of_lines(lines, in), all = size_of_lines(1, in) * COPIES;
-    const size_t each = size_of_lines(lines < SIDE ? lines : SIDE, in) * (size_t)omp_get_max_threads(), own = each < all ? each : all;
+    const size_t each = size_of_lines(lines < OWN ? lines : OWN, in) * (size_t)omp_get_max_threads(), own = each < all ? each : all;
     return shared > own ? shared : own;
 }
 
@@ -92,7 +92,7 @@ static __attribute__((noinline)) void take_line(void *parts, const float *x, int
  * where the caller finds them in `room`. Others may still read x: products, at whose end all wait, go elsewhere. Inputs are filled up by
  * zeros. */
 void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *norm, float eps) {
-    if (lines <= SIDE && lines * omp_get_num_threads() <= COPIES) {
+    if (lines <= OWN && lines * omp_get_num_threads() <= COPIES) {
         void *parts = (char *)room + size_of_lines(lines, in) * (size_t)omp_get_thread_num();
         for (int64_t l = 0; l < lines; l++) take_line(parts, x + l * x_line, l, lines, in, norm, eps);
         return parts;
