@@ -62,24 +62,33 @@ def test_products_are_as_exact_as_in_float32(lines, inputs, widths, biased, gate
     assert got.shape == wanted.shape and bool(((got - wanted).abs() <= 3e-6 * most).all())
 
 
+@pytest.mark.parametrize("outputs", [64, 100])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("inputs", [40, 384])
-def test_a_line_does_not_depend_on_its_company(inputs):
-    tiles = tile_ops().tiles([(short(100, inputs), None)])
-    x = torch.randn(61, inputs)
-    whole = tile_ops().linear(x, tiles)
-    for count in (1, 2, 3, 5, 6, 10, 11, 12, 13, 16, 17, 24, 37):
-        assert torch.equal(tile_ops().linear(x[:count], tiles), whole[:count])
-        assert torch.equal(tile_ops().linear(x[-count:], tiles), whole[-count:])
+def test_a_line_does_not_depend_on_its_company(inputs, gated, added, outputs):
+    layers = [(short(outputs, inputs, seed=i), None) for i in range(1 + gated)]
+    tiles, x, add = tile_ops().tiles(layers, gated), torch.randn(61, inputs), torch.randn(61, outputs)
+    add = add if added else None
+
+    def of(lines: slice) -> torch.Tensor:
+        return tile_ops().linear(x[lines], tiles, None if add is None else add[lines], gated)
+
+    whole = of(slice(None))
+    for count in (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 32, 33, 37):
+        assert torch.equal(of(slice(count)), whole[:count])
+        assert torch.equal(of(slice(-count, None)), whole[-count:])
 
 
-def test_what_is_no_number_stays_with_its_line():
+@pytest.mark.parametrize("lines", [7, 19])
+def test_what_is_no_number_stays_with_its_line(lines):
     tiles = tile_ops().tiles([(short(40, 64), None)])
-    x = torch.randn(7, 64)
+    x = torch.randn(lines, 64)
     clean = tile_ops().linear(x, tiles)
     x[2, 5], x[4, 63] = float("nan"), float("inf")
     got = tile_ops().linear(x, tiles)
     assert not got[2].isfinite().any() and not got[4].isfinite().any()
-    others = [0, 1, 3, 5, 6]
+    others = [0, 1, 3, *range(5, lines)]
     assert torch.equal(got[others], clean[others])
 
 
@@ -106,7 +115,7 @@ def test_logits_do_not_depend_on_the_batch(most, monkeypatch):
     model, seen = rounded("llama"), []
     prompts = [[3 + i, 9, 2 * i + 1, 4] for i in range(18)]
     wanted = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
-    for batch in (1, 3, 12, 18):  # by AMX, tiles of lines are made otherwise from 11 to 16 lines
+    for batch in (1, 3, 12, 18):  # by AMX, up to 8 lines lie otherwise than more
         with Engine(model, num_pages=64, page_size=4, prefix_caching=False) as engine:
             made = [engine.generate(prompts[i : i + batch], wanted) for i in range(0, 18, batch)]
         answers = [request.outputs[0] for part in made for request in part]

@@ -58,7 +58,7 @@ int tile_weights(uint16_t *out, const float *weight, int64_t rows, int64_t in, i
 /* Bytes of so many lines as products take them. */
 static size_t size_of_lines(int64_t lines, int64_t in) {
     const int64_t deep = blocks_of(in, DEEP);
-    return amx ? sizeof(uint16_t) * (size_t)(blocks_of(lines, TOGETHER) * deep * TILE) : sizeof(float) * (size_t)(lines * deep * DEEP);
+    return amx ? sizeof(uint16_t) * (size_t)(amx_lines(lines) * deep * DEEP) : sizeof(float) * (size_t)(lines * deep * DEEP);
 }
 
 /* Every thread takes all of up to OWN lines apart for itself, up to COPIES in all: to read what another one wrote takes longer. Of many

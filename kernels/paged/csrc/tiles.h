@@ -7,8 +7,7 @@ enum {
     SIDE = 16,              /* outputs of a tile */
     DEEP = 32,              /* inputs of a tile */
     TILE = SIDE * DEEP,     /* numbers of a tile: 1 KB */
-    PARTS = 3,              /* of a number */
-    TOGETHER = SIDE / PARTS /* lines whose parts share a tile, of which they leave a line free */
+    PARTS = 3               /* of a number */
 };
 
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -84,5 +83,6 @@ INLINE void shape_tiles(int64_t lines, int64_t right) {
 
 int tiles_are_used(void);
 int amx_ready(void);
+int64_t amx_lines(int64_t lines);
 void amx_take_apart(uint16_t *parts, const float *x, int64_t line, int64_t lines, int64_t in, float scale, const float *factors);
 void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs);
