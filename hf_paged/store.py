@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hf_paged.kernels.fp8 import all_finite, raw, selected
+from hf_paged.kernels.room import fresh_zeros
 from hf_paged.memory import PageCopy
 
 
@@ -25,12 +26,11 @@ class LayerShape:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that, on a CPU, cost memory only where they are written (fresh pages of the system are zero anyway)."""
+    """Zeros that, on a CPU, cost memory only where they are written."""
     with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        size = int(np.prod(shape)) * dtype.itemsize
-        return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+        return fresh_zeros(int(np.prod(shape)) * dtype.itemsize).view(dtype).view(shape)
 
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numbers of so many bytes, as numpy takes them

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from hf_paged.kernels.native import NativeOps, matrix_lines, native_ops
 from hf_paged.kernels.native_products import Layer
+from hf_paged.kernels.room import fresh_zeros
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
-LINE = 32  # numbers of a line of the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +70,8 @@ class TileOps:
 
     @staticmethod
     def room(size: int) -> torch.Tensor:
-        """Zeros for so many numbers of tiles: from numpy, which asks the system for huge pages. What is read once a
-        forward would find the translation of hardly any address at hand, and memory gives a third less."""
-        made = np.zeros(size + LINE, np.uint16)
-        skip = -made.ctypes.data % (2 * LINE) // 2  # tiles begin with a line of the cache
-        return torch.from_numpy(made[skip : skip + size])
+        """Zeros for so many numbers of tiles."""
+        return fresh_zeros(2 * size).view(torch.uint16)
 
     def tiles(self, layers: Sequence[Layer], gated: bool = False, out: torch.Tensor | None = None) -> Tiles | None:
         """Copies of layers side by side, or of a gate and an up; None where a weight is not exact in bfloat16, or some
