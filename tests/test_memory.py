@@ -1,12 +1,23 @@
 """Pages and who holds them: laws after every call, and a machine beside a dict of lists."""
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged.memory import Memory, OutOfPages
 from hf_paged.pages import PagePool
+from hf_paged.store import KVStore, LayerShape
+
+
+@pytest.mark.parametrize("pages", [1, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kv_begins_with_a_line_of_the_cache(pages, dtype):
+    """Else each vector of it lies in two: seen with numpy's zeros as they come."""
+    store = KVStore([LayerShape(2, 64, 64)] * 2, pages, 16, dtype)
+    for tensor in (*store.keys, *store.values):
+        assert tensor.data_ptr() % 64 == 0 and tensor.dtype == dtype and not tensor[-1].any()
 
 
 def test_pool_hands_out_each_page_once():
