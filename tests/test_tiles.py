@@ -62,12 +62,12 @@ def test_products_are_as_exact_as_in_float32(lines, inputs, widths, biased, gate
     assert got.shape == wanted.shape and bool(((got - wanted).abs() <= 3e-6 * most).all())
 
 
-@pytest.mark.parametrize("outputs", [64, 100])
+@pytest.mark.parametrize("outputs, biased", [(64, False), (64, True), (100, False)])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("inputs", [40, 384])
-def test_a_line_does_not_depend_on_its_company(inputs, gated, added, outputs):
-    layers = [(short(outputs, inputs, seed=i), None) for i in range(1 + gated)]
+def test_a_line_does_not_depend_on_its_company(inputs, gated, added, outputs, biased):
+    layers = [(short(outputs, inputs, seed=i), short(outputs) if biased else None) for i in range(1 + gated)]
     tiles, x, add = tile_ops().tiles(layers, gated), torch.randn(61, inputs), torch.randn(61, outputs)
     add = add if added else None
 

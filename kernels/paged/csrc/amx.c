@@ -87,10 +87,13 @@ static kind kind_of(const target *t) {
 INLINE void write_pair(const target *t, const lanes first, const lanes second, int64_t line, int64_t pair, const kind k) {
     const int64_t at = line * t->rows + pair * (k == GATED ? 1 : 2) * LANES;
     lanes *out = (lanes *)(t->out + at);
-    const lanes *add = (const lanes *)(t->add + at);
     if (k == ANY) write_line(t, (lanes[]){first, second}, line, pair);
     else if (k == GATED) *out = silu(first) * second;
-    else out[0] = k == ADDED ? first + add[0] : first, out[1] = k == ADDED ? second + add[1] : second;
+    else if (k == SUMS) out[0] = first, out[1] = second;
+    else {
+        const lanes *add = (const lanes *)(t->add + at);
+        out[0] = first + add[0], out[1] = second + add[1];
+    }
 }
 
 /* Writes units [from, to) of a piece. */

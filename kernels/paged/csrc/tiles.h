@@ -47,18 +47,20 @@ INLINE void put(float *to, lanes x, int64_t left) {
         for (int i = 0; i < left; i++) to[i] = x[i];
 }
 
+/* A sum with the bias of its outputs. Held: a compiler might add up what comes later first, here and not elsewhere. */
+INLINE lanes biased(lanes sum, const float *bias, int64_t row, int64_t left) {
+    if (bias) sum += taken(bias + row, left);
+    HELD(sum);
+    return sum;
+}
+
 /* Writes the outputs of one line for one pair of tiles, sums [PAIR]. */
 INLINE void write_line(const target *t, const lanes *sums, int64_t line, int64_t pair) {
     const int64_t count = t->gated ? WIDE : PAIR;
     for (int64_t v = 0, row = pair * count * LANES; v < count && row < t->rows; v++, row += LANES) {
         const int64_t at = line * t->rows + row, left = t->rows - row;
-        lanes sum = sums[v];
-        if (t->bias) sum += taken(t->bias + row, left);
-        if (t->gated) {
-            lanes up = sums[WIDE + v];
-            if (t->bias) up += taken(t->bias + t->rows + row, left);
-            sum = silu(sum) * up;
-        }
+        lanes sum = biased(sums[v], t->bias, row, left);
+        if (t->gated) sum = silu(sum) * biased(sums[WIDE + v], t->bias, t->rows + row, left);
         if (t->add) sum += taken(t->add + at, left);
         put(t->out + at, sum, left);
     }
