@@ -303,6 +303,18 @@ def test_looks_of_no_use_take_a_hundredth_of_the_time():
     assert len(texts.due(rows, 5001)) == 8
 
 
+def test_a_look_that_stumbles_does_not_bar_the_next_ones():
+    rows = [SimpleNamespace(row=SimpleNamespace(drafting=None, output_ids=[1])) for _ in range(8)]
+    texts = Texts(SpeculationConfig(method="auto"), Acceptance(), None)
+    for seconds in (0.0008, 0.18, 0.0008):
+        texts.looked(seconds, 8)
+        texts.looked(1e-6, 0)  # a step in which no row was due
+    assert texts.due(rows, 1) == rows
+    for _ in range(9):  # looks that do take so long are charged more and more
+        texts.looked(0.18, 8)
+    assert texts.purse < -0.18 and not texts.due(rows, 1)
+
+
 def test_where_there_is_nothing_to_do_most_steps_do_not_ask(monkeypatch):
     core, asked = toy_core(), []
     propose = Speculator.propose

@@ -107,7 +107,7 @@ class Speculator:
         asked = [planned for planned in asked if planned in depths]
         begun = time.perf_counter()
         offers = self._looked_up(asked, depths, ledger)
-        self.texts.looked(self.measured(time.perf_counter() - begun))
+        self.texts.looked(self.measured(time.perf_counter() - begun), len(asked))
         if drafts:
             drafting = [planned for planned in depths if planned not in offers]
             if ledger is not None and self.config.method == "auto":

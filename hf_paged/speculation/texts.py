@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ PATIENCE, LEAST_LONGEST = 3, 7
 # Of the seconds that their drafts save, and of all others, so much may go into looks; at most so many are saved up.
 SAVED, SHARE, PURSE = 0.2, 0.008, 0.02
 NEXT = 8  # steps until it is asked again whether that can be paid
+STUMBLE, LATEST = 4, 128  # a look counts as so many times the dearest of the latest at most, for each row
 
 
 @dataclass(eq=False)
@@ -78,6 +80,7 @@ class Texts:
     def __init__(self, config: SpeculationConfig, acceptance: Acceptance, suffixes: SuffixIndex | None) -> None:
         self.config, self.acceptance, self.suffixes = config, acceptance, suffixes
         self.purse = PURSE
+        self._looks: deque[float] = deque(maxlen=LATEST)  # seconds a row
 
     def due(self, rows: Sequence[PlanRow], step: int) -> list[PlanRow]:
         """The rows for which texts are looked at in this step: all whose time has come, if that can be paid. Drafts of
@@ -87,9 +90,18 @@ class Texts:
         known = [(planned, planned.row.drafting) for planned in rows]  # of each step's rows: no calls but for those due
         return [planned for planned, state in known if state is None or state.until <= step]
 
-    def looked(self, seconds: float) -> None:
-        """Looks took so long."""
-        self.purse -= seconds
+    def looked(self, seconds: float, rows: int = 1) -> None:
+        """Looks for so many rows took so long.
+
+        One that stumbled, as it may on a shared machine by the hundredfold, must not bar all others for minutes.
+        """
+        if not rows:
+            return
+        each = seconds / rows
+        if self._looks:
+            each = min(each, STUMBLE * max(self._looks))
+        self._looks.append(each)
+        self.purse -= each * rows
 
     def next_look(self, rows: Sequence[PlanRow], step: int) -> int:
         """Steps from `step` on before texts are to be looked at for any of the rows."""
