@@ -85,21 +85,26 @@ def read_split(
 
 
 @triton.jit
-def merge_if_last(
-    arrived, parts, stats, row, head, splits, count, sinks, out,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, SINKS: tl.constexpr, WHOLE: tl.constexpr,
+def merge_ended(
+    arrived, parts, stats, order, context, place, members, row, size, count, head, splits, sinks, out,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, SINKS: tl.constexpr, MEMBERS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A split of a row's `count` is done: of the last one, all are merged."""
-    flag = arrived + row * KV_HEADS + head
-    if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
-        tl.store(flag, 0)
-        # fmt: off
-        store_merged(
-            parts, stats, row * splits, count, row, head,
-            sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS, WHOLE,
-        )
-        # fmt: on
+    """A split is done for its rows: `row`, of `count` splits of `size`, or the `members` from `place` of `order` on.
+    Of a row of which it was the last one all are merged."""
+    for member in range(members):
+        if MEMBERS > 1:
+            row = tl.load(order + place + member)
+            count = count_on_card(tl.load(context + row), size)
+        flag = arrived + row * KV_HEADS + head
+        if tl.atomic_add(flag, 1, sem="acq_rel") == count - 1:
+            tl.store(flag, 0)
+            # fmt: off
+            store_merged(
+                parts, stats, row * splits, count, row, head,
+                sinks, out, GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS, WHOLE,
+            )
+            # fmt: on
 
 
 @triton.jit(do_not_specialize=["rows", "width", "splits", "window"])
@@ -170,13 +175,9 @@ def decode_kernel(
     else:
         store_part(parts, stats, line, acc, most, total, real, VALUE_DIM, BLOCK_V)
         WHOLE: tl.constexpr = OVERLAP and key_pages.dtype.element_ty == tl.float8e4nv  # as `merge.py` has it
-        for member in range(members):
-            if MEMBERS > 1:
-                row = tl.load(order + place + member)
-                count = count_on_card(tl.load(context + row), size)
-            # fmt: off
-            merge_if_last(
-                arrived, parts, stats, row, head, splits, count, sinks, out,
-                GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS, WHOLE,
-            )
-            # fmt: on
+        # fmt: off
+        merge_ended(
+            arrived, parts, stats, order, context, place, members, row, size, count, head, splits, sinks, out,
+            GROUP, KV_HEADS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_P, SINKS, MEMBERS, WHOLE,
+        )
+        # fmt: on
