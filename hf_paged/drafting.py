@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from math import inf
 
 import torch
 
@@ -189,10 +190,15 @@ class Drafting(Proposers):
             return
         self._rested, self._rested_seconds = steps - 1, (steps - 1) * seconds
         for speculator in self.speculators.values():
-            speculator.stepped(tokens, seconds if self._plain else 0.0, rested)
+            speculator.stepped(tokens, seconds if self._plain else 0.0, self._usual(self._rows), rested)
         if self._plain:
             spent = sum(drafter.seconds for drafter in self.drafters) - self._drafted
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
+
+    def _usual(self, rows: int) -> float:
+        """Seconds of a step of so many rows where many are made at once without drafts; infinite where none was."""
+        known = self._bursts.points()
+        return self._bursts.seconds(rows) if known and rows <= known[-1][0] else inf
 
     def wrote(self, plan: Plan, visit: Visit) -> None:
         """KV of a visit's steps is stored, on the pages that its rows have now."""
@@ -221,7 +227,7 @@ class Drafting(Proposers):
             self._nodes = sum(len(verdict.proposal) for _, verdict in step.verdicts)
             self.forwarded(plan.work[: step.rows], step.rows + self._nodes, forward)
             visits.learn(plan, index, step.verdicts, visit)
-            plan.speculator.stepped(step.tokens, forward + spent + each)
+            plan.speculator.stepped(step.tokens, forward + spent + each, self._usual(step.rows))
             if drafted:
                 visits.overhead.note(each, max(self._nodes, 1))
 

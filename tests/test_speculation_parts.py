@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from types import SimpleNamespace
 
 import numpy as np
@@ -375,6 +376,50 @@ def test_a_trial_that_fails_as_expected_is_believed(promise, rare):
         drafted.append(trial.drafts(8, None if promise is None else lambda: promise))
         trial.note(1.6 if drafted[-1] else 1.0, 10.0 if trial._now.fresh else 2.0 if drafted[-1] else 1.0)
     assert any(drafted[:20]) and any(drafted[50:600]) != rare
+
+
+def test_a_trial_that_surprised_is_not_repeated_once_it_does_not():
+    """Costs are known better by the time when it would be: they agree with what was seen."""
+    trial, drafted = Trial(), []
+    for step in range(2000):
+        drafted.append(trial.drafts(8, lambda step=step: 1.1 if step < 100 else 0.9))
+        trial.note(1.8 if drafted[-1] else 1.0, 10.0 if trial._now.fresh else 2.0 if drafted[-1] else 1.0)
+    assert any(drafted[:20]) and not any(drafted[20:])
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.9])
+def test_the_worse_a_trial_went_the_more_it_is_believed(gain):
+    """Costs and odds still promise something; where drafts take twice as long as they gain, once is enough."""
+    trial, drafted = Trial(), []
+    for _ in range(900):
+        drafted.append(trial.drafts(8, lambda: 1.05))
+        trial.note(2 * gain if drafted[-1] else 1.0, 10.0 if trial._now.fresh else 2.0 if drafted[-1] else 1.0)
+    assert any(drafted[:20]) and any(drafted[20:]) == (gain == 0.9)
+
+
+def test_the_few_steps_of_a_trial_are_held_against_many():
+    """Drafts lose a tenth against steps of which many are made at once; by themselves these take longer."""
+    for usual, share in ((1.0, 0.0), (inf, 1.0)):
+        trial, drafted = Trial(), []
+        for _ in range(1000):
+            drafted.append(trial.drafts(8))
+            trial.note(1.8 if drafted[-1] else 1.0, 2.0 if drafted[-1] else 1.4, False, usual)
+        assert np.mean(drafted) == pytest.approx(share, abs=0.2)
+
+
+def test_no_trial_over_rows_that_are_about_to_end(monkeypatch):
+    """It waits for others: the draft model would read their prompts for a token or two."""
+    monkeypatch.setattr(Speculator, "_promise", lambda *_: 2.0)
+    speculator = Speculator(SpeculationConfig(method="draft"), None, None)
+
+    def tries(left: int) -> list[bool]:
+        rows, drafted = [SimpleNamespace(row=SimpleNamespace(left=left))] * 8, []
+        for _ in range(40):
+            drafted.append(speculator.tries(None, 8, rows))
+            speculator.trial.note(1.0, 1.0)
+        return drafted
+
+    assert not any(tries(2)) and any(tries(60))
 
 
 @pytest.mark.parametrize("reads", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import inf
 
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
@@ -24,6 +25,7 @@ LASTING = 0.99  # of what was expected and taken in the steps before
 FREE = 1 << 30  # steps: as many as the engine likes
 DRAFTED = 4  # depths of a draft model's drafts that are weighed against those of texts
 READS = 8  # tokens a row that a draft model takes in where it reads prompts
+ENOUGH = 4  # tokens a row that are yet to come, for a draft model that has prompts to read to be tried
 SUREST = 4  # one of so many rows has a draft that is taken nearly always
 
 
@@ -94,7 +96,7 @@ class Speculator:
             return {}  # beside steps that are not known any draft would seem to cost nothing
         ledger = Ledger(cost, self.overhead, tokens, drawn, self.cost.rows) if self.config.adaptive else None
         self._drawn, self._plain = drawn, ledger.seconds(0) if ledger is not None else 0.0
-        drafts = self.has_drafter and (ledger is None or self.tries(ledger, soon))
+        drafts = self.has_drafter and (ledger is None or self.tries(ledger, soon, rows))
         if not (asked or drafts):
             self.free = 0 if self.trial.trying else FREE
             return {}
@@ -162,12 +164,25 @@ class Speculator:
         expected, price = self.expected_of_model(), self.price_of_model(ledger, len(depths))
         return [p for p in depths if (expected - sum(_reach(offers.get(p)))) * self._value(p) > price]
 
-    def tries(self, ledger: Ledger, soon: int) -> bool:
-        """Whether the draft model is to draft in the next step. soon: as in `propose`."""
-        return self.trial.drafts(soon, partial(self._promise, ledger))
+    def tries(self, ledger: Ledger, soon: int, rows: Sequence[PlanRow] = ()) -> bool:
+        """Whether the draft model is to draft in the next step.
 
-    def _promise(self, ledger: Ledger) -> float:
-        """Tokens a second with drafts of the model for all rows over those without any, as odds and costs have it."""
+        Args:
+            soon: as in `propose`. rows: those of which it may have to read whole prompts first.
+        """
+        drafts = self.trial.drafts(soon, partial(self._promise, ledger, soon))
+        if drafts and self.trial.trying and sum(planned.row.left for planned in rows) < ENOUGH * len(rows):
+            self.trial.put_off()
+            return False
+        return drafts
+
+    def _promise(self, ledger: Ledger, soon: int) -> float:
+        """Tokens a second with drafts of the model for `soon` rows over those without, as odds and costs have it."""
+        if soon != ledger.drawn:  # some are still being read
+            cost = self.cost.of(soon)
+            if not cost.knows(soon):
+                return inf
+            ledger = Ledger(cost, self.overhead, soon, soon, self.cost.rows)
         rows, total, reach, one = ledger.drawn, float(ledger.drawn), 1.0, self.drafter.cost.seconds(ledger.drawn)
         surest = rows // SUREST  # a step may take few of them, the surest ones
         best = (total + surest) / (ledger.seconds(surest) + one)
@@ -246,10 +261,11 @@ class Speculator:
         self.steps += steps
         self.trial.rested(steps)
 
-    def stepped(self, tokens: int, seconds: float, rested: float = 0.0) -> None:
+    def stepped(self, tokens: int, seconds: float, usual: float = inf, rested: float = 0.0) -> None:
         """What the whole step made and took; `seconds` of one that computed prompts: 0.
 
         Args:
+            usual: seconds of such a step among many without drafts, at most.
             rested: seconds of the steps before it, in which nothing was asked.
         """
         self.texts.stepped(seconds + rested)
@@ -257,9 +273,10 @@ class Speculator:
         self._took = LASTING * self._took + self._taken
         if self._plain and self._drawn:
             # What tokens are worth is not asked: rows that lag are drafted for until they no longer do.
-            usual = self._reach * (self._took + 1) / (self._reached + 1)
+            expected = self._reach * (self._took + 1) / (self._reached + 1)
             reads = self.drafter is not None and self.drafter.lag > READS * self._drawn
-            self.trial.note((tokens - self._taken + usual) / self._drawn, seconds / self._plain, reads)
+            made = (tokens - self._taken + expected) / self._drawn
+            self.trial.note(made, seconds / self._plain, reads, usual / self._plain)
         if self.drafter is not None:
             self.drafter.lag = 0
 

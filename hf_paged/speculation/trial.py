@@ -23,7 +23,8 @@ MARGIN = 1.05  # what a draft model must gain: it has prompts to read, too, whic
 SURE = 4  # trials after which what was seen can be relied on
 # Then so many steps without drafts for each that the draft model spent on catching up, of at most so many.
 PAYING, DEAREST = 100, 40
-SETTLED, FARTHER = 150, 10  # the same once that can be relied on: more where drafts cost more than they gained
+SETTLED = 150  # the same once that can be relied on
+FARTHER = 10  # either is so many times more for all that drafts cost more than they gained
 STUMBLE = 1.5  # a step counts as so many times the usual one at most, unless the draft model read prompts in it
 
 Tried = tuple[float, float, bool]  # tokens and seconds of a step, and whether the draft model read prompts
@@ -40,6 +41,7 @@ class Batch:
         best: whether to draft. trying: whether this phase does the other.
         left: steps of the phase. span: steps between trials.
         noted: steps of this phase that count. fresh: whether the draft model has yet to catch up.
+        settled: whether it is one that could rely on it that drafts do not pay.
         tolls: what that took the latest times, in steps without drafts.
         promise: tokens a second with drafts over those without, as costs and odds have it.
     """
@@ -52,6 +54,7 @@ class Batch:
     span: int = SHORT
     noted: int = 0
     fresh: bool = False
+    settled: bool = False
     tolls: deque[float] = field(default_factory=lambda: deque(maxlen=3))
     promise: float = inf
 
@@ -67,9 +70,11 @@ class Batch:
 
     def _sure(self) -> float:
         """How far what was seen of drafts can be relied on: after a first trial it may have been chance."""
-        if max(self.promise, self.gain()) < 1:
+        gain = self.gain()
+        if max(self.promise, gain) < 1:
             return 1.0
-        return min(len(self.seen[True]) / (SURE * self.tried), 1.0)
+        worse = max(1 - gain * self.promise, 0.0)  # than where the one is as much above 1 as the other is below it
+        return min(len(self.seen[True]) / (SURE * self.tried) * (1 + FARTHER * worse), 1.0)
 
     def _rest(self) -> int:
         """Steps until the next trial, after one that found that drafts do not pay."""
@@ -89,6 +94,10 @@ class Batch:
             self.span = min(GROWTH * self.span, LONG) if best == self.best else SHORT
             self.best, self.trying = best, False
             self.left = self.span if best else self._rest()
+            self.settled = not best and self._sure() == 1
+        elif self.seen[True] and not (self.best or self.settled) and self._sure() == 1:
+            # Costs and odds have come to say so, too: no other trial is made to be sure of it.
+            self.left, self.settled = self._rest(), True
         else:
             self.trying, self.left = True, self.tried
         self.noted, self.fresh = 0, self.mode and not mode
@@ -128,6 +137,11 @@ class Trial:
         batch.left -= 1
         return batch.mode
 
+    def put_off(self) -> None:
+        """The step that was asked about does not draft after all: a trial waits for other rows."""
+        self._now.left += 1
+        self._now = None
+
     @property
     def trying(self) -> bool:
         """Whether the step that was asked about is one of a trial, or comes before the first."""
@@ -148,13 +162,14 @@ class Trial:
         if self._last is not None and not self._last.mode:
             self._last.left = max(self._last.left - steps, 0)
 
-    def note(self, tokens: float, cost: float, reads: bool = False) -> None:
+    def note(self, tokens: float, cost: float, reads: bool = False, usual: float = inf) -> None:
         """What the step that was asked about came to.
 
         Args:
             tokens: over those of a step without drafts.
             cost: seconds over those of a step without drafts; 0 for a step that is not like the others.
             reads: whether the draft model read prompts in it, which it will do again for others.
+            usual: what one without drafts costs among many of them, at most: the few of a trial take longer each.
         """
         batch, self._now = self._now, None
         if batch is None or not cost:
@@ -163,4 +178,4 @@ class Trial:
             batch.fresh = False
             batch.tolls.append(cost)
         else:
-            batch.add(tokens, cost, reads)
+            batch.add(tokens, cost if batch.mode else min(cost, usual), reads)
