@@ -1,5 +1,7 @@
 """Products over copies of weights in tiles of bfloat16, and models whose weights are such."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,17 @@ def rounded(kind: str) -> torch.nn.Module:
     return model
 
 
+@contextmanager
+def team(threads: int):
+    """So many threads: of many lines each works on its own, of few on its share of the weights."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def always(method: str, **more) -> SpeculationConfig:
     return SpeculationConfig(method=method, adaptive=False, max_draft_tokens=3, **more)
 
@@ -44,20 +57,21 @@ def always(method: str, **more) -> SpeculationConfig:
     biased=st.booleans(),
     gated=st.booleans(),
     size=st.sampled_from([1e-30, 1.0, 1e15]),
+    threads=st.sampled_from([1, 2, 5]),
 )
-def test_products_are_as_exact_as_in_float32(lines, inputs, widths, biased, gated, size):
+def test_products_are_as_exact_as_in_float32(lines, inputs, widths, biased, gated, size, threads):
     widths = widths[:1] * 2 if gated else widths
     layers = [(short(n, inputs, seed=i), short(n, seed=9) if biased else None) for i, n in enumerate(widths)]
     x = torch.randn(lines, inputs + 3, generator=torch.Generator().manual_seed(1))[:, :inputs] * size
     tiles = tile_ops().tiles(layers, gated)
     parts = [F.linear(x.double(), weight.double(), None if bias is None else bias.double()) for weight, bias in layers]
     scales = [F.linear(x.double().abs(), weight.double().abs()) + 3 for weight, _ in layers]
+    add = None if gated else torch.randn(lines, sum(widths)) * size
+    with team(threads):
+        got = tile_ops().linear(x, tiles, add, gated).double()
     if gated:
-        got = tile_ops().linear(x, tiles, gated=True).double()
         wanted, most = F.silu(parts[0]) * parts[1], scales[0] * scales[1]
     else:
-        add = torch.randn(lines, sum(widths)) * size
-        got = tile_ops().linear(x, tiles, add=add).double()
         wanted, most = torch.cat(parts, -1) + add, torch.cat(scales, -1) + add.abs()
     assert got.shape == wanted.shape and bool(((got - wanted).abs() <= 3e-6 * most).all())
 
@@ -66,16 +80,19 @@ def test_products_are_as_exact_as_in_float32(lines, inputs, widths, biased, gate
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("inputs", [40, 384])
-def test_a_line_does_not_depend_on_its_company(inputs, gated, added, outputs, biased):
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_line_does_not_depend_on_its_company(threads, inputs, gated, added, outputs, biased):
     layers = [(short(outputs, inputs, seed=i), short(outputs) if biased else None) for i in range(1 + gated)]
     tiles, x, add = tile_ops().tiles(layers, gated), torch.randn(61, inputs), torch.randn(61, outputs)
     add = add if added else None
 
     def of(lines: slice) -> torch.Tensor:
-        return tile_ops().linear(x[lines], tiles, None if add is None else add[lines], gated)
+        with team(threads):
+            return tile_ops().linear(x[lines], tiles, None if add is None else add[lines], gated)
 
-    whole = of(slice(None))
-    for count in (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 32, 33, 37):
+    with team(1):
+        whole = tile_ops().linear(x, tiles, add, gated)
+    for count in (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 32, 33, 37, 48, 61):
         assert torch.equal(of(slice(count)), whole[:count])
         assert torch.equal(of(slice(-count, None)), whole[-count:])
 
@@ -108,15 +125,16 @@ def test_tokens_are_the_models(kind):
         assert isinstance(engine.forward.run.tiles, TiledLinear)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("most", [0, 1024])
-def test_logits_do_not_depend_on_the_batch(most, monkeypatch):
+def test_logits_do_not_depend_on_the_batch(most, threads, monkeypatch):
     """Bit for bit: in a call for the whole forward, and in one for each op."""
     monkeypatch.setattr(lean, "MOST_TILED", most)
     model, seen = rounded("llama"), []
     prompts = [[3 + i, 9, 2 * i + 1, 4] for i in range(18)]
     wanted = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
     for batch in (1, 3, 12, 18):  # by AMX, up to 8 lines lie otherwise than more
-        with Engine(model, num_pages=64, page_size=4, prefix_caching=False) as engine:
+        with team(threads), Engine(model, num_pages=64, page_size=4, prefix_caching=False) as engine:
             made = [engine.generate(prompts[i : i + batch], wanted) for i in range(0, 18, batch)]
         answers = [request.outputs[0] for part in made for request in part]
         seen.append([(answer.token_ids, answer.logprobs) for answer in answers])

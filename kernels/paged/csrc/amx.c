@@ -117,7 +117,7 @@ INLINE int64_t finish_some(const target *t, const piece *p, int64_t done, int64_
 /* Block j of the inputs of a pair of tiles of weights, or of one of them, tile `b`. */
 INLINE const uint16_t *tile_at(const uint16_t *weight, int64_t j, int64_t b) { return weight + (2 * j + b) * TILE; }
 
-/* Of each block of the weights that come next, lines [from, to) of the cache. */
+/* Of each block of the weights that come next, lines [from, to) of the cache, of which a processor fetches two at a time. */
 typedef struct {
     const uint16_t *weight;
     int64_t from, to;
@@ -136,7 +136,7 @@ INLINE void multiply_group(const target *t, const piece *p, const piece *before,
         _tile_loadd(7, tile_at(weight, j, 1), 64); _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, x + part, 64); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
         _tile_loadd(4, x + 2 * part, 64); _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 4, 7);
-        for (int64_t l = next.from; l < next.to; l++) __builtin_prefetch(tile_at(next.weight, j, 0) + l * LINE, 0, 2);
+        for (int64_t l = next.from; l < next.to; l += 2) __builtin_prefetch(tile_at(next.weight, j, 0) + l * LINE, 0, 2);
         done = finish_some(t, before, done, j, deep, k);
     }
     _tile_stored(0, p->sums[0], 64); _tile_stored(1, p->sums[1], 64);
@@ -208,9 +208,8 @@ INLINE void multiply_as(const target *t, const uint16_t *parts, int64_t lines, i
     else multiply_groups(t, parts, lines, deep, weight, own, k);
 }
 
-/* `multiply_tiles` over lines that were taken apart. */
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {
-    const share own = share_of(pairs);
+/* Products of lines that were taken apart with a thread's own pairs of tiles. */
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, share own) {
     const int64_t deep = blocks_of(in, DEEP);
     if (!lines) return; /* tiles have lines */
     switch (kind_of(t)) {
@@ -220,11 +219,10 @@ void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t
         default: multiply_as(t, parts, lines, deep, weight, own, ANY);
     }
     _tile_release();
-#pragma omp barrier
 }
 #else
 int amx_ready(void) { return 0; }
 int64_t amx_lines(int64_t lines) { return 0; }
 void amx_take_apart(uint16_t *parts, const float *x, int64_t line, int64_t lines, int64_t in, float scale, const float *factors) {}
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs) {}
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, share own) {}
 #endif

@@ -58,6 +58,16 @@ static span slots_of(const rows_task *a, run r, int64_t head, const float *pages
                   a->page, dim};
 }
 
+/* The next item of a thread: of its own share, whose lines are at hand, then of those of the threads `behind` it. */
+static int64_t next_item(const rows_task *a, int64_t items, int64_t *behind) {
+    for (const int64_t threads = omp_get_num_threads(); *behind < threads; ++*behind) {
+        const int64_t of = (omp_get_thread_num() + *behind) % threads, begin = items * of / threads, end = items * (of + 1) / threads;
+        const int64_t item = begin + __atomic_fetch_add(a->taken + of * COUNTER, 1, __ATOMIC_RELAXED);
+        if (item < end) return item;
+    }
+    return items;
+}
+
 /* `decode_attention` by the threads of a team. */
 void attend_rows(const rows_task *a) {
     const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
@@ -68,9 +78,10 @@ void attend_rows(const rows_task *a) {
     float *scores = (float *)(runs + a->rows);
     if (!runs) *a->failed = 1;
     const int64_t items = runs ? split(runs, a) * a->kv_heads : 0;
+    int64_t behind = 0;
     /* A thread takes its next item before it computes one, so that memory can be on its way. */
-    for (item = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED); item < items; item = after) {
-        after = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED);
+    for (item = next_item(a, items, &behind); item < items; item = after) {
+        after = next_item(a, items, &behind);
         const int64_t head = item % a->kv_heads, next = after < items ? after : item;
         const run r = runs[item / a->kv_heads];
         const span k = slots_of(a, r, head, a->keys, dim), v = slots_of(a, r, head, a->values, value_dim);
@@ -100,11 +111,13 @@ int decode_attention(float *out, const float *query, int64_t query_line, const f
                      int64_t table_width, const int64_t *line_of, const int64_t *context, int64_t rows, int64_t heads, int64_t kv_heads,
                      int64_t dim, int64_t value_dim, int64_t page, float scale, const int64_t *begin, float softcap,
                      const float *sinks, const int64_t *visible, const int64_t *base) {
-    int64_t taken = 0;
     int failed = 0;
+    int64_t *taken = calloc((size_t)omp_get_max_threads(), sizeof *taken * COUNTER);
     const rows_task a = {out, query, keys, values, sinks, table, line_of, context, begin, visible, base, query_line, table_width,
-                         rows, heads, kv_heads, dim, value_dim, page, scale, softcap, &taken, &failed};
+                         rows, heads, kv_heads, dim, value_dim, page, scale, softcap, taken, &failed};
+    if (!taken) return 1;
 #pragma omp parallel
     attend_rows(&a);
+    free(taken);
     return failed;
 }

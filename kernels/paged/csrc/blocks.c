@@ -22,7 +22,7 @@ typedef struct {
     const inputs *in;
     float *hidden, *scratch, *cos, *sin; /* [lines, width]; what `run_block` needs; [lines, dim] */
     void *parts;                         /* of lines that are taken apart, see `tiles.c` */
-    int64_t *taken;                      /* a counter for each block's attention */
+    int64_t *taken;                      /* counters for each block's attention */
     grouped_task *groups;
     float scale, eps;
     int failed;
@@ -44,7 +44,7 @@ static void attend(state *s, const model_block *b, int64_t index, float *out, co
     } else {
         const rows_task rows = {out, query, b->keys, b->values, 0, s->in->table, see->line_of, see->context, see->begin, see->visible,
                                 see->base, line, n->table_width, n->lines, n->heads, n->kv_heads, n->dim, n->dim, n->page, s->scale,
-                                0, s->taken + index, &s->failed};
+                                0, s->taken + index * COUNTER * omp_get_num_threads(), &s->failed};
         attend_rows(&rows);
     }
 #pragma omp barrier
@@ -140,7 +140,7 @@ int few_forward(float *logits, const ends *e, const model_block *blocks, int64_t
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
     float *hidden = whole_lines(sizeof(float) * (size_t)floats);
     void *parts = n->tiled ? whole_lines(size_of_parts(n->lines, widest > queries ? widest : queries)) : 0;
-    int64_t *taken = calloc((size_t)count, sizeof *taken);
+    int64_t *taken = calloc((size_t)count * (size_t)omp_get_max_threads(), sizeof *taken * COUNTER);
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
     state s = {n, in, hidden, scratch, e->frequencies ? angles : (float *)cos, e->frequencies ? angles + n->lines * n->dim : (float *)sin,
                parts, taken, 0, scale, eps, !hidden || !taken || (n->tiled && !parts)};

@@ -13,14 +13,16 @@ typedef struct {
     int64_t rows;
 } layer;
 
-/* See `decode_attention`; `taken` begins as 0. */
+enum { COUNTER = 8 }; /* numbers apart that threads count in, each in a line of the cache of its own */
+
+/* See `decode_attention`. */
 typedef struct {
     float *out;
     const float *query, *keys, *values, *sinks;
     const int64_t *table, *line_of, *context, *begin, *visible, *base;
     int64_t query_line, table_width, rows, heads, kv_heads, dim, value_dim, page;
     float scale, softcap;
-    int64_t *taken; /* items that threads have taken */
+    int64_t *taken; /* [threads][COUNTER], zeros at first: items of each thread's share that were taken */
     int *failed;
 } rows_task;
 

@@ -65,9 +65,16 @@ static size_t size_of_lines(int64_t lines, int64_t in) {
  * threads each would write more than its products read. */
 enum { OWN = 2 * SIDE, COPIES = 4 * SIDE };
 
+/* Of so many lines that each thread has a tile about full of its own, these are shared out and not weights: all that becomes of a line
+ * stays with one thread. (To read what another one wrote takes longer than to read all weights.) */
+INLINE int by_lines(int64_t lines) {
+    enum { LEAST = SIDE * 3 / 4 };
+    return amx && omp_get_num_threads() > 1 && lines >= LEAST * omp_get_num_threads();
+}
+
 /* Bytes that `take_apart` writes of up to so many lines, by a team of any size. */
 size_t size_of_parts(int64_t lines, int64_t in) {
-    const size_t shared = size_of_lines(lines, in), all = size_of_lines(1, in) * COPIES;
+    const size_t shared = size_of_lines(lines + blocks_of(lines, 4), in), all = size_of_lines(1, in) * COPIES;
     const size_t each = size_of_lines(lines < OWN ? lines : OWN, in) * (size_t)omp_get_max_threads(), own = each < all ? each : all;
     return shared > own ? shared : own;
 }
@@ -92,6 +99,12 @@ static __attribute__((noinline)) void take_line(void *parts, const float *x, int
  * where the caller finds them in `room`. Others may still read x: products, at whose end all wait, go elsewhere. Inputs are filled up by
  * zeros. */
 void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *norm, float eps) {
+    if (by_lines(lines)) {
+        const share own = share_of(lines);
+        void *parts = (char *)room + size_of_lines(blocks_of(lines, omp_get_num_threads()), in) * (size_t)omp_get_thread_num();
+        for (int64_t l = own.begin; l < own.end; l++) take_line(parts, x + l * x_line, l - own.begin, own.end - own.begin, in, norm, eps);
+        return parts;
+    }
     if (lines <= OWN && lines * omp_get_num_threads() <= COPIES) {
         void *parts = (char *)room + size_of_lines(lines, in) * (size_t)omp_get_thread_num();
         for (int64_t l = 0; l < lines; l++) take_line(parts, x + l * x_line, l, lines, in, norm, eps);
@@ -148,7 +161,6 @@ static void multiply_all(const target *t, const float *x, int64_t lines, int64_t
             OF(1); OF(2); OF(3); OF(4); OF(5); OF(6); OF(7); OF(8); OF(9); OF(10); OF(11);
             for (int64_t m = 0; m < left && m < MANY; m++) write_line(t, sums + PAIR * m, first + m, pair);
         }
-#pragma omp barrier
 }
 
 /* The first weights that the calling thread reads of a layer. */
@@ -161,10 +173,12 @@ const void *first_tiles(layer a, int64_t in, int gated) {
  * is silu(gate) * up; the bias is that of all gates, then of all ups. `then`: weights that the thread reads next, in another call (AMX does
  * without). */
 void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then) {
-    const target t = {out, a.bias, add, a.rows, gated};
     const int64_t pairs = pairs_of(a.rows, gated);
-    if (amx) amx_multiply(&t, parts, lines, in, a.weight, pairs);
+    const share own = by_lines(lines) ? share_of(lines) : (share){0, lines};
+    const target t = {out + own.begin * a.rows, a.bias, add ? add + own.begin * a.rows : 0, a.rows, gated};
+    if (amx) amx_multiply(&t, parts, own.end - own.begin, in, a.weight, by_lines(lines) ? (share){0, pairs} : share_of(pairs));
     else multiply_all(&t, parts, lines, in, a.weight, pairs, then);
+#pragma omp barrier
 }
 
 /* The same of x [lines, in], lines x_line floats apart. Returns 0, or 1 where memory ran out. */

@@ -12,14 +12,14 @@ enum {
 
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-/* Pairs of tiles that a thread multiplies: of the same layer always the same ones. */
+/* What a thread does: pairs of tiles, of the same layer always the same ones, or lines. */
 typedef struct {
     int64_t begin, end;
 } share;
 
-INLINE share share_of(int64_t pairs) {
+INLINE share share_of(int64_t all) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    return (share){pairs * thread / threads, pairs * (thread + 1) / threads};
+    return (share){all * thread / threads, all * (thread + 1) / threads};
 }
 
 /* Where products go; see `multiply_tiles`. */
@@ -87,4 +87,4 @@ int tiles_are_used(void);
 int amx_ready(void);
 int64_t amx_lines(int64_t lines);
 void amx_take_apart(uint16_t *parts, const float *x, int64_t line, int64_t lines, int64_t in, float scale, const float *factors);
-void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs);
+void amx_multiply(const target *t, const uint16_t *parts, int64_t lines, int64_t in, const uint16_t *weight, share own);
