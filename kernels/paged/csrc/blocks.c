@@ -21,9 +21,10 @@ typedef struct {
     const sizes *n;
     const inputs *in;
     float *hidden, *scratch, *cos, *sin; /* [lines, width]; what `run_block` needs; [lines, dim] */
-    void *parts;                         /* of lines that are taken apart, see `tiles.c` */
+    void *parts;                         /* of lines that are taken apart, see `tiles.c`, of up to `widest` inputs */
     int64_t *taken;                      /* counters for each block's attention */
     grouped_task *groups;
+    int64_t widest;
     float scale, eps;
     int failed;
 } state;
@@ -64,7 +65,9 @@ static const float *normed(const state *s, const source *a) {
     return a->spare;
 }
 
-static void *apart(const state *s, const source *a) { return take_apart(s->parts, a->x, a->in, a->lines, a->in, a->norm, s->eps); }
+static void *apart(const state *s, const source *a) {
+    return take_apart(s->parts, a->x, a->in, a->lines, a->in, s->widest, a->norm, s->eps);
+}
 
 /* out: `a` through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. `then`: tiles that
  * the thread reads next. `out` is not what `a` reads: threads take it apart when they get there. */
@@ -100,6 +103,9 @@ static float *run_block(state *s, const model_block *b, int64_t index, int last,
     const layer o[3] = {{b->o, b->o_bias, n->width}}, down[3] = {{b->down, b->down_bias, n->width}}, gate = {b->gate, 0, n->inner};
     int64_t count = n->lines;
     products(s, query, &(source){hidden, count, n->width, b->norm, spare}, 0, qkv, first_tiles(o[0], queries, 0));
+    if (n->tiled && by_lines(count)) { /* lines are shared out otherwise from here on */
+#pragma omp barrier
+    }
     if (b->q_norm) {
         normalize_heads(query, joined, b->q_norm, s->eps, count, n->heads, n->dim);
         normalize_heads(key, joined, b->k_norm, s->eps, count, n->kv_heads, n->dim);
@@ -134,16 +140,16 @@ static void begin(state *s, const ends *e, float turn) {
 int few_forward(float *logits, const ends *e, const model_block *blocks, int64_t count, const sizes *n, const inputs *in, const float *cos,
                 const float *sin, float turn, float scale, float eps) {
     const int64_t most = n->width + (2 * n->heads + 2 * n->kv_heads) * n->dim + n->inner; /* floats of `run_block`, a line */
-    const int64_t widest = n->inner > n->width ? n->inner : n->width, queries = n->heads * n->dim;
+    const int64_t wider = n->inner > n->width ? n->inner : n->width, queries = n->heads * n->dim, widest = wider > queries ? wider : queries;
     const int64_t floats = n->lines * (n->width + 2 * n->dim + most), wanted = in->wanted_lines;
     for (int64_t l = 0; l < n->lines; l++)
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
     float *hidden = whole_lines(sizeof(float) * (size_t)floats);
-    void *parts = n->tiled ? whole_lines(size_of_parts(n->lines, widest > queries ? widest : queries)) : 0;
+    void *parts = n->tiled ? whole_lines(size_of_parts(n->lines, widest)) : 0;
     int64_t *taken = calloc((size_t)count * (size_t)omp_get_max_threads(), sizeof *taken * COUNTER);
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
     state s = {n, in, hidden, scratch, e->frequencies ? angles : (float *)cos, e->frequencies ? angles + n->lines * n->dim : (float *)sin,
-               parts, taken, 0, scale, eps, !hidden || !taken || (n->tiled && !parts)};
+               parts, taken, 0, widest, scale, eps, !hidden || !taken || (n->tiled && !parts)};
     const layer head[3] = {{e->head, e->head_bias, e->outputs}};
 #pragma omp parallel if (count * n->width * (n->inner + queries) > 16384)
     if (!s.failed) {

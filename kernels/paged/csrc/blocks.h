@@ -1,6 +1,6 @@
 /* A forward over a few lines: what it is made of, what it takes from the other files, and who calls it. All functions but
  * `share_groups` and the last ones are called by every thread of a team, which share the work; they have all done theirs when one
- * returns, but for the attentions, `normalize_heads` and `take_apart`. */
+ * returns, but for the attentions, `normalize_heads`, `take_apart`, and products `by_lines`. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -100,8 +100,9 @@ grouped_task *share_groups(float *out, const float *query, int64_t query_line, c
 void attend_groups(const grouped_task *a);
 void multiply_lines(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *add, const layer *layers);
 void multiply_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, layer gate, layer up);
+int by_lines(int64_t lines);
 size_t size_of_parts(int64_t lines, int64_t in);
-void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *norm, float eps);
+void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, int64_t widest, const float *norm, float eps);
 void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then);
 const void *first_tiles(layer a, int64_t in, int gated);
 
