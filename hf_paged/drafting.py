@@ -55,6 +55,7 @@ class Drafting(Proposers):
         self._visited: Visited | None = None
         self._burst_rows = 0  # of the latest steps, if these were made at once, without drafts
         self._bursts = CostTable()  # such steps as a whole, by rows
+        self._paces: dict[int, float] = {}  # that of forwards of like many rows, when the latest of these were made
         self._late = 0.0  # seconds that it took to learn from a visit: the next one's, since this one's are counted
 
     def drop(self, drafter: Drafter) -> None:
@@ -182,6 +183,7 @@ class Drafting(Proposers):
         seconds, tokens = self.measured(seconds) / steps, tokens / steps
         if self._burst_rows:
             self._bursts.note(self._burst_rows, seconds)
+            self._paces[self._burst_rows.bit_length()] = self.cost.of(self._burst_rows).pace
             for visits in self._visits.values():
                 visits.overhead.note(max(seconds - self._forward, 0.0), 0)
                 visits.since = 0
@@ -196,9 +198,11 @@ class Drafting(Proposers):
             self.overhead.note(max(seconds - self._forward - spent, 0.0), self._nodes)
 
     def _usual(self, rows: int) -> float:
-        """Seconds of a step of so many rows where many are made at once without drafts; infinite where none was."""
-        known = self._bursts.points()
-        return self._bursts.seconds(rows) if known and rows <= known[-1][0] else inf
+        """Seconds, at the machine's present pace, of a step of so many rows where many are made at once without drafts;
+        infinite where none was of as many."""
+        size = min((size for size in self._paces if size >= rows.bit_length()), default=0)
+        seconds = self._bursts.seconds(rows) if size else 0.0
+        return seconds * self.cost.of(1 << size - 1).pace / self._paces[size] if seconds else inf
 
     def wrote(self, plan: Plan, visit: Visit) -> None:
         """KV of a visit's steps is stored, on the pages that its rows have now."""

@@ -407,6 +407,27 @@ def test_the_few_steps_of_a_trial_are_held_against_many():
         assert np.mean(drafted) == pytest.approx(share, abs=0.2)
 
 
+def test_what_steps_without_drafts_took_follows_the_pace():
+    """While drafts are made, none of many steps without them is measured, but forwards are."""
+    drafting = toy_core().drafting
+
+    def step(rows: int, forward: float, seconds: float = 0.0) -> None:
+        drafting.cost.note(rows, rows, forward)
+        drafting._burst_rows = rows if seconds else 0
+        drafting.speculators[None] = SimpleNamespace(stepped=lambda *_: None)
+        drafting.stepped(seconds, 1)
+
+    step(8, 1.0, 9.0)
+    assert drafting._usual(8) == inf  # the first of a size is passed over
+    for _ in range(20):
+        step(8, 1.0, 1.2)
+    assert drafting._usual(8) == pytest.approx(1.2) and drafting._usual(5) == pytest.approx(1.2)
+    assert drafting._usual(16) == inf
+    for _ in range(20):
+        step(8, 2.0)
+    assert drafting._usual(8) == pytest.approx(2.4, rel=0.1)
+
+
 def test_no_trial_over_rows_that_are_about_to_end(monkeypatch):
     """It waits for others: the draft model would read their prompts for a token or two."""
     monkeypatch.setattr(Speculator, "_promise", lambda *_: 2.0)

@@ -36,10 +36,13 @@ class CostTable:
     both, the pace by far more. While forwards are of one size, its seconds thus move by a small share of how far the
     pace has moved since, however many they are: sizes that are not measured meanwhile do not seem dear or cheap for it.
     Nor do they where a forward takes longer because the one before was of another size: the next ones take that back.
+
+    Attributes:
+        pace: by which forwards take longer at present than they usually do.
     """
 
     def __init__(self, prompts: deque[float] | None = None) -> None:
-        self._pace = 1.0
+        self.pace = 1.0
         self._seen: dict[int, Size] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
@@ -57,14 +60,14 @@ class CostTable:
         if size is None:
             self._seen[bucket] = Size(tokens)
             return
-        size.tokens, usual = tokens, max(seconds, 1e-9) / self._pace
+        size.tokens, usual = tokens, max(seconds, 1e-9) / self.pace
         if size.count < KNOWN:
             # The least of them would be too little, for which the pace, and with it every size to come, would make up.
             size.first.append(usual)
             size.seconds = median(size.first)
         else:
             missed = min(max(log(usual / size.seconds), -STRAY), STRAY)
-            self._pace *= exp(FOLLOW * missed)
+            self.pace *= exp(FOLLOW * missed)
             size.seconds *= exp(missed / (2 * min(size.count, SETTLED)))
         size.count += 1
         self._notes += 1
@@ -102,7 +105,7 @@ class CostTable:
         Beyond what was measured a token more costs what one of a prompt does; where none was read, a twentieth of what
         one did up to there: what is not known is tried.
         """
-        return self._at(tokens) * self._pace if self._sizes and tokens > 0 else 0.0
+        return self._at(tokens) * self.pace if self._sizes and tokens > 0 else 0.0
 
     def _at(self, tokens: float) -> float:
         sizes, seconds = self._sizes, self._seconds
@@ -124,7 +127,7 @@ class CostTable:
 
     def points(self) -> list[tuple[float, float]]:
         """Sizes and seconds, for show."""
-        return [(size, seconds * self._pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
+        return [(size, seconds * self.pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
 
 
 class StepCosts:
