@@ -24,7 +24,7 @@ typedef struct {
     void *parts;                         /* of lines that are taken apart, see `tiles.c`, of up to `widest` inputs */
     int64_t *taken;                      /* counters for each block's attention */
     grouped_task *groups;
-    int64_t widest;
+    int64_t widest, outputs; /* of a block's layers, of an input on average */
     float scale, eps;
     int failed;
 } state;
@@ -66,19 +66,19 @@ static const float *normed(const state *s, const source *a) {
 }
 
 static void *apart(const state *s, const source *a) {
-    return take_apart(s->parts, a->x, a->in, a->lines, a->in, s->widest, a->norm, s->eps);
+    return take_apart(s->parts, a->x, a->in, a->lines, a->in, s->widest, s->outputs, a->norm, s->eps);
 }
 
 /* out: `a` through up to three layers side by side, plus `add`; of tiles, through the first, which is all of them. `then`: tiles that
  * the thread reads next. `out` is not what `a` reads: threads take it apart when they get there. */
 static void products(const state *s, float *out, const source *a, const float *add, const layer *layers, const void *then) {
-    if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, add, layers[0], 0, then);
+    if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, s->outputs, add, layers[0], 0, then);
     else multiply_lines(out, normed(s, a), a->in, a->lines, a->in, add, layers);
 }
 
 static void gated(const state *s, float *out, const source *a, const model_block *b, const void *then) {
     const layer gate = {b->gate, b->gate_bias, s->n->inner}, up = {b->up, b->up_bias, s->n->inner};
-    if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, 0, gate, 1, then);
+    if (s->n->tiled) multiply_tiles(out, apart(s, a), a->lines, a->in, s->outputs, 0, gate, 1, then);
     else multiply_gated(out, normed(s, a), a->in, a->lines, a->in, gate, up);
 }
 
@@ -103,7 +103,7 @@ static float *run_block(state *s, const model_block *b, int64_t index, int last,
     const layer o[3] = {{b->o, b->o_bias, n->width}}, down[3] = {{b->down, b->down_bias, n->width}}, gate = {b->gate, 0, n->inner};
     int64_t count = n->lines;
     products(s, query, &(source){hidden, count, n->width, b->norm, spare}, 0, qkv, first_tiles(o[0], queries, 0));
-    if (n->tiled && by_lines(count)) { /* lines are shared out otherwise from here on */
+    if (n->tiled && by_lines(count, s->outputs)) { /* lines are shared out otherwise from here on */
 #pragma omp barrier
     }
     if (b->q_norm) {
@@ -141,6 +141,7 @@ int few_forward(float *logits, const ends *e, const model_block *blocks, int64_t
                 const float *sin, float turn, float scale, float eps) {
     const int64_t most = n->width + (2 * n->heads + 2 * n->kv_heads) * n->dim + n->inner; /* floats of `run_block`, a line */
     const int64_t wider = n->inner > n->width ? n->inner : n->width, queries = n->heads * n->dim, widest = wider > queries ? wider : queries;
+    const int64_t numbers = n->width * (2 * queries + 2 * n->kv_heads * n->dim + 3 * n->inner), ins = 2 * n->width + queries + n->inner;
     const int64_t floats = n->lines * (n->width + 2 * n->dim + most), wanted = in->wanted_lines;
     for (int64_t l = 0; l < n->lines; l++)
         if (in->ids[l] < 0 || in->ids[l] >= e->vocab) return 2;
@@ -149,7 +150,7 @@ int few_forward(float *logits, const ends *e, const model_block *blocks, int64_t
     int64_t *taken = calloc((size_t)count * (size_t)omp_get_max_threads(), sizeof *taken * COUNTER);
     float *angles = hidden + n->lines * n->width, *scratch = angles + 2 * n->lines * n->dim;
     state s = {n, in, hidden, scratch, e->frequencies ? angles : (float *)cos, e->frequencies ? angles + n->lines * n->dim : (float *)sin,
-               parts, taken, 0, widest, scale, eps, !hidden || !taken || (n->tiled && !parts)};
+               parts, taken, 0, widest, numbers / ins, scale, eps, !hidden || !taken || (n->tiled && !parts)};
     const layer head[3] = {{e->head, e->head_bias, e->outputs}};
 #pragma omp parallel if (count * n->width * (n->inner + queries) > 16384)
     if (!s.failed) {

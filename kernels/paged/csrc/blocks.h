@@ -100,10 +100,12 @@ grouped_task *share_groups(float *out, const float *query, int64_t query_line, c
 void attend_groups(const grouped_task *a);
 void multiply_lines(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, const float *add, const layer *layers);
 void multiply_gated(float *out, const float *x, int64_t x_line, int64_t lines, int64_t in, layer gate, layer up);
-int by_lines(int64_t lines);
+int by_lines(int64_t lines, int64_t outputs);
 size_t size_of_parts(int64_t lines, int64_t in);
-void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, int64_t widest, const float *norm, float eps);
-void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then);
+void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, int64_t widest, int64_t outputs, const float *norm,
+                 float eps);
+void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, int64_t outputs, const float *add, layer a, int gated,
+                    const void *then);
 const void *first_tiles(layer a, int64_t in, int gated);
 
 /* These are called by one thread. */

@@ -66,10 +66,11 @@ static size_t size_of_lines(int64_t lines, int64_t in) {
 enum { OWN = 2 * SIDE, COPIES = 4 * SIDE };
 
 /* Of so many lines that each thread has a tile about full of its own, these are shared out and not weights: all that becomes of a line
- * stays with one thread, and nobody waits for the others. (To read what another one wrote takes longer than to read all weights.) */
-int by_lines(int64_t lines) {
-    enum { LEAST = SIDE * 3 / 4 };
-    return amx && omp_get_num_threads() > 1 && lines >= LEAST * omp_get_num_threads();
+ * stays with one thread, and nobody waits for the others. To read what another one wrote takes longer than to read all weights, unless
+ * there are too many of them: so many `outputs` of an input, on average over what a line goes through. */
+int by_lines(int64_t lines, int64_t outputs) {
+    enum { LEAST = SIDE * 3 / 4, OUTPUTS = 24 }; /* measured on two cores: models of 14M and 440M numbers */
+    return amx && omp_get_num_threads() > 1 && lines >= LEAST * omp_get_num_threads() && OUTPUTS * lines >= outputs;
 }
 
 /* Bytes that `take_apart` writes of up to so many lines, by a team of any size. */
@@ -98,8 +99,8 @@ static __attribute__((noinline)) void take_line(void *parts, const float *x, int
 /* Lines of x, normed if there is a norm, as `multiply_tiles` takes them; called by every thread of a team, when x is there, or its own
  * lines of it where they work `by_lines`. Returns where the caller finds them in `room`, in which up to `widest` inputs are taken apart.
  * Others may still read x: products go elsewhere. Inputs are filled up by zeros. */
-void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, int64_t widest, const float *norm, float eps) {
-    if (by_lines(lines)) {
+void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int64_t in, int64_t widest, int64_t outputs, const float *norm, float eps) {
+    if (by_lines(lines, outputs)) {
         const share own = share_of(lines);
         void *parts = (char *)room + size_of_lines(blocks_of(lines, omp_get_num_threads()), widest) * (size_t)omp_get_thread_num();
         for (int64_t l = own.begin; l < own.end; l++) take_line(parts, x + l * x_line, l - own.begin, own.end - own.begin, in, norm, eps);
@@ -172,13 +173,15 @@ const void *first_tiles(layer a, int64_t in, int gated) {
  * with the bias and `add`, of the shape of out, where there are such. If gated, gates and ups of a layer take turns as tiles, and out
  * is silu(gate) * up; the bias is that of all gates, then of all ups. `then`: weights that the thread reads next, in another call (AMX does
  * without). */
-void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, const float *add, layer a, int gated, const void *then) {
+void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, int64_t outputs, const float *add, layer a, int gated,
+                    const void *then) {
+    const int alone = by_lines(lines, outputs);
     const int64_t pairs = pairs_of(a.rows, gated);
-    const share own = by_lines(lines) ? share_of(lines) : (share){0, lines};
+    const share own = alone ? share_of(lines) : (share){0, lines};
     const target t = {out + own.begin * a.rows, a.bias, add ? add + own.begin * a.rows : 0, a.rows, gated};
-    if (amx) amx_multiply(&t, parts, own.end - own.begin, in, a.weight, by_lines(lines) ? (share){0, pairs} : share_of(pairs));
+    if (amx) amx_multiply(&t, parts, own.end - own.begin, in, a.weight, alone ? (share){0, pairs} : share_of(pairs));
     else multiply_all(&t, parts, lines, in, a.weight, pairs, then);
-    if (by_lines(lines)) return;
+    if (alone) return;
 #pragma omp barrier
 }
 
@@ -190,7 +193,7 @@ int tile_linear(float *out, const float *x, int64_t x_line, int64_t lines, int64
     void *room = whole_lines(size_of_parts(lines, in));
     if (!room) return 1;
 #pragma omp parallel if (rows * in > 8192)
-    multiply_tiles(out, take_apart(room, x, x_line, lines, in, in, 0, 0), lines, in, add, a, gated, weight);
+    multiply_tiles(out, take_apart(room, x, x_line, lines, in, in, rows, 0, 0), lines, in, rows, add, a, gated, weight);
     free(room);
     return 0;
 }
