@@ -24,7 +24,7 @@ typedef struct {
     void *parts;                         /* of lines that are taken apart, see `tiles.c`, of up to `widest` inputs */
     int64_t *taken;                      /* counters for each block's attention */
     grouped_task *groups;
-    int64_t widest, outputs; /* of a block's layers, of an input on average */
+    int64_t widest, outputs; /* most inputs of a layer; outputs that an input of a block's layers has on average */
     float scale, eps;
     int failed;
 } state;
