@@ -196,11 +196,11 @@ static int work(const task *a, const int64_t *items) {
     s.scores = s.out + VECTORS * a->value_dim;
     s.copy = (float *)(s.scores + VECTORS * CHUNK);
     s.own_scores = s.copy + KEYS * a->dim;
-    s.own = take_own(a);
-    s.at = 0;
+    for (int i = 0; i < OWNS; i++) s.owns[i] = take_own(a);
+    s.coming = s.at = 0;
     for (int64_t i; (i = __atomic_fetch_add(a->taken, 1, __ATOMIC_RELAXED)) < items[a->step->num_segments];)
         segment_item(a, &s, items, i);
-    while (s.own < all) own_item(a, &s);
+    while (s.owns[0] < all) own_item(a, &s);
     free(memory);
     return 0;
 }

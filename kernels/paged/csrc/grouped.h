@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* Vectors of queries side by side; slots at a time; of these, in registers: VECTORS * KEYS sums, and what is added to them. */
-enum { VECTORS = 3, CHUNK = 64, KEYS = REGISTERS / 4, LINES = LANES * VECTORS };
+enum { VECTORS = 3, CHUNK = 64, KEYS = REGISTERS / 4, LINES = LANES * VECTORS, OWNS = 3 };
 
 typedef struct grouped_task {
     const step *step;
@@ -33,7 +33,7 @@ typedef struct {
     lanes *query, *out, *scores; /* [dim][wide], [value_dim][wide], [CHUNK][wide] */
     side_by_side lines;
     float *copy, *own_scores;                 /* [KEYS][dim]; [group][stride] */
-    int64_t own, at;                          /* own slots that come next; of these on their way */
+    int64_t owns[OWNS], coming, at;           /* own slots that come next; those that are being fetched, and how many of them are */
     const float *keys[CHUNK], *values[CHUNK]; /* of a chunk; past its end the last one again */
     struct blocks *blocks;                    /* of grouped_amx.c */
 } scratch;
@@ -80,8 +80,14 @@ INLINE const float *stretch(span keys, span values, int64_t *at, int64_t *floats
 
 /* The same of the own slots that are computed next: `floats` may have become fewer. */
 INLINE const float *own_stretch(const task *a, scratch *s, int64_t *floats) {
-    if (s->own >= a->step->rows * a->kv_heads) return 0;
-    return stretch(own_slots(a, a->keys, s->own, a->dim), own_slots(a, a->values, s->own, a->value_dim), &s->at, floats);
+    const int64_t all = a->step->rows * a->kv_heads;
+    for (; s->coming < OWNS && s->owns[s->coming] < all; s->coming++, s->at = 0) {
+        const int64_t item = s->owns[s->coming], most = *floats;
+        const float *from = stretch(own_slots(a, a->keys, item, a->dim), own_slots(a, a->values, item, a->value_dim), &s->at, floats);
+        if (from) return from;
+        *floats = most;
+    }
+    return 0;
 }
 
 INLINE void cap_chunk(lanes *scores, int64_t n, float softcap, const int wide) {
@@ -166,7 +172,7 @@ void own_item(const task *a, scratch *s);
 
 /* Whether products of tiles pay (measured on two cores): many lines share what is taken apart of many slots. */
 INLINE int tiles_pay(const task *a, segment g) {
-    enum { LINES_BY_DIM = 16384, SLOTS_BY_DIM = 100000 };
+    enum { LINES_BY_DIM = 10000, SLOTS_BY_DIM = 100000 };
     const int64_t dim = a->dim + a->value_dim, lines = g.count * (a->heads / a->kv_heads);
     return lines * dim >= LINES_BY_DIM && (g.end - g.begin) * dim >= SLOTS_BY_DIM;
 }

@@ -11,14 +11,22 @@ typedef struct {
     uint16_t *keys, *values;
 } chunk;
 
+/* A block and a chunk, with the weights of its slots in parts; `before` scales to the largest score so far what was summed before. */
+typedef struct {
+    side_by_side *lines;
+    const chunk *slots;
+    uint16_t *weights;
+    lanes before[2];
+} turn;
+
 /* A thread's blocks of lines, and what is under way. */
 struct blocks {
     side_by_side lines[BLOCKS];
     uint16_t *queries; /* of a block each, in parts */
     lanes *out;        /* [value_dim][lines] of a block each */
     chunk chunks[CHUNKS];
-    /* The block whose weights are being made, of n slots of a chunk: so many of CHUNK units are done. */
-    side_by_side *weighing;
+    /* What weights are being made of: so many of CHUNK units of them are made. */
+    turn weighing;
     const lanes *from; /* scores */
     lanes top[2], sum[2];
     int64_t n, weighed;
@@ -30,7 +38,7 @@ struct blocks {
     span next_keys, next_values;
     int64_t next_at;
     lanes scores[2][CHUNK * 2] __attribute__((aligned(64))), turned[BLOCK]; /* [slots][lines] */
-    uint16_t weights[2 * SPAN * PARTS * TILE], memory[];
+    uint16_t weights[2][2 * SPAN * PARTS * TILE], memory[];
 };
 
 int64_t amx_lines_of(const task *a) {
@@ -64,13 +72,15 @@ static __attribute__((noinline)) void fetch_on(const task *a, scratch *s) {
     b->fetch_end = b->fetched + floats;
 }
 
-/* Fetches so many lines of the cache: memory works while the processor does. */
-INLINE void fetch_lines(const task *a, scratch *s, const int count) {
+/* Has memory work while the processor does. Of four lines of the cache one is asked for: what lies beside it comes with it, or soon after,
+ * and products, whose tiles come from the second level, need the room in which lines are waited for. */
+INLINE void fetch_lines(const task *a, scratch *s) {
+    enum { STRIDE = 4 * 16, ASKED = 4 };
     struct blocks *b = s->blocks;
     if (b->fetched >= b->fetch_end) fetch_on(a, s);
 #pragma GCC unroll 4
-    for (int i = 0; i < count; i++) __builtin_prefetch(b->fetched + 16 * i, 0, 2);
-    b->fetched += 16 * count;
+    for (int i = 0; i < ASKED; i++) __builtin_prefetch(b->fetched + STRIDE * i, 0, 2);
+    b->fetched += STRIDE * ASKED;
 }
 
 /* Steps of taking a chunk apart: four slots' keys each, then what `turn_values` does. */
@@ -107,64 +117,70 @@ INLINE void part_some(scratch *s, int64_t steps, const int64_t dim) {
         else turn_values(s, b->taken - CHUNK / 4);
 }
 
+/* Groups of products of a block's scores of a chunk, and of its weighted values. */
+INLINE int64_t groups_of(int64_t dim) { return GROUPS * SPAN * (dim / BLOCK); }
+
 /* Scores become weights over the largest so far, in parts, columns of which are lines: so many more units, a vector of lines and two
  * slots each. */
-INLINE void weigh_some(struct blocks *b, int units) {
+INLINE void weigh_some(struct blocks *b, int64_t units) {
     for (; units && b->weighed < CHUNK; units--, b->weighed++) {
         const int64_t v = b->weighed % 2, k = b->weighed / DEEP, pair = b->weighed / 2 % SIDE, i = DEEP * k + pair;
         const lanes first = i < b->n ? exp_of_negative(b->from[2 * i + v] - b->top[v]) : (lanes){0};
         const lanes second = i + SIDE < b->n ? exp_of_negative(b->from[2 * (i + SIDE) + v] - b->top[v]) : (lanes){0};
         b->sum[v] += first;
         b->sum[v] += second;
-        put_pairs(b->weights + (v * SPAN + k) * PARTS * TILE + pair * DEEP, first, second);
+        put_pairs(b->weighing.weights + (v * SPAN + k) * PARTS * TILE + pair * DEEP, first, second);
     }
 }
 
-/* Scores of n slots of a block are there; `before` will scale to the largest so far what was summed before. */
-INLINE void begin_weights(struct blocks *b, side_by_side *lines, const lanes *scores, int64_t n) {
+/* Scores of n slots of a block are there. */
+INLINE void begin_weights(struct blocks *b, side_by_side *lines, const chunk *slots, const lanes *scores, int64_t n) {
+    b->weighing.lines = lines, b->weighing.slots = slots;
+    b->weighing.weights = b->weights[b->weighing.weights == b->weights[0]];
     for (int v = 0; v < 2; v++) {
         lanes top = lines->top[v];
         for (int64_t i = 0; i < n; i++) top = larger(scores[2 * i + v], top);
-        lines->before[v] = exp_of_negative(lines->top[v] - top);
+        b->weighing.before[v] = exp_of_negative(lines->top[v] - top);
         b->top[v] = lines->top[v] = top;
         b->sum[v] = (lanes){0};
     }
-    b->weighing = lines, b->from = scores, b->n = n, b->weighed = 0;
+    b->from = scores, b->n = n, b->weighed = 0;
 }
 
-INLINE void end_weights(struct blocks *b) {
-    side_by_side *lines = b->weighing;
+INLINE turn end_weights(struct blocks *b) {
+    const turn t = b->weighing;
     weigh_some(b, CHUNK);
-    for (int v = 0; v < 2; v++) lines->sum[v] = lines->sum[v] * lines->before[v] + b->sum[v];
+    for (int v = 0; v < 2; v++) t.lines->sum[v] = t.lines->sum[v] * t.before[v] + b->sum[v];
+    return t;
 }
 
-/* Scores of a block and of a chunk of n slots, beside the weights of another block. */
+/* Scores of a block and of a chunk of n slots, beside the last third of another block's weights, and the taking apart of another chunk. */
 INLINE void score_block(const task *a, scratch *s, const chunk *c, lanes *scores, const uint16_t *queries, int64_t n, const int64_t dim) {
-    const int64_t deep = dim / DEEP;
+    struct blocks *b = s->blocks;
+    const int64_t deep = dim / DEEP, units = (CHUNK / 3 + groups_of(dim)) / groups_of(dim);
     for (int64_t j = 0; j < n; j += BLOCK) {
-#define WEIGH weigh_some(s->blocks, (CHUNK + SPAN * GROUPS * deep - 1) / (SPAN * GROUPS * deep)); fetch_lines(a, s, 3)
-        MULTIPLY(scores + 2 * j, c->keys + j * dim * PARTS, queries, deep, WEIGH);
+#define BESIDE_SCORES weigh_some(b, units); part_some(s, b->steps_a_group, dim); fetch_lines(a, s)
+        MULTIPLY(scores + 2 * j, c->keys + j * dim * PARTS, queries, deep, BESIDE_SCORES);
     }
 }
 
-/* The weights that are being made get done, and weighted values of their chunk are added to what has come of the block, beside the
- * taking apart of another chunk. */
-INLINE void add_block(const task *a, scratch *s, const chunk *c, const int64_t dim, const int64_t value_dim) {
-    const side_by_side *lines = s->blocks->weighing;
-    lanes sums[2 * BLOCK], *out = s->blocks->out + (lines - s->blocks->lines) * 2 * value_dim;
-    end_weights(s->blocks);
+/* Weighted values of a chunk are added to what has come of a block, beside the first two thirds of another block's weights. */
+INLINE void add_block(const task *a, scratch *s, const turn *t, const int64_t value_dim) {
+    struct blocks *b = s->blocks;
+    const int64_t units = (2 * CHUNK / 3 + groups_of(value_dim)) / groups_of(value_dim);
+    lanes sums[2 * BLOCK], *out = b->out + (t->lines - b->lines) * 2 * value_dim;
     for (int64_t d = 0; d < value_dim; d += BLOCK, out += 2 * BLOCK) {
-#define PART part_some(s, s->blocks->steps_a_group, dim); fetch_lines(a, s, 3)
-        MULTIPLY(sums, c->values + d * CHUNK * PARTS, s->blocks->weights, SPAN, PART);
+#define BESIDE_VALUES weigh_some(b, units); fetch_lines(a, s)
+        MULTIPLY(sums, t->slots->values + d * CHUNK * PARTS, t->weights, SPAN, BESIDE_VALUES);
         for (int64_t j = 0; j < BLOCK; j++)
-            for (int v = 0; v < 2; v++) out[2 * j + v] = out[2 * j + v] * lines->before[v] + sums[2 * j + v];
+            for (int v = 0; v < 2; v++) out[2 * j + v] = out[2 * j + v] * t->before[v] + sums[2 * j + v];
     }
 }
 
 /* Chunk `index` of the slots of keys and values is to be taken apart next, if there is one. */
 INLINE void begin_chunk(scratch *s, span keys, span values, int64_t index, int64_t blocks) {
     struct blocks *b = s->blocks;
-    const int64_t t = keys.begin + index * CHUNK, groups = blocks * GROUPS * SPAN * (values.dim / BLOCK);
+    const int64_t t = keys.begin + index * CHUNK, groups = blocks * groups_of(keys.dim);
     b->into = b->chunks + index % CHUNKS;
     b->taken = 0, b->steps = t < keys.end ? steps_of(values.dim) : 0, b->steps_a_group = (b->steps + groups - 1) / groups;
     b->next_keys = chunk_of(keys, t + CHUNK), b->next_values = chunk_of(values, t + CHUNK), b->next_at = 0;
@@ -173,31 +189,31 @@ INLINE void begin_chunk(scratch *s, span keys, span values, int64_t index, int64
     find_slots(s->values, chunk_of(values, t));
 }
 
-/* All blocks over all chunks. A block's weights are made beside the next one's scores, so its values are added after these. */
+/* All blocks over all chunks. A block's weights are made beside the values of the block before and the scores of the one behind. */
 INLINE void attend_chunks(const task *a, scratch *s, int64_t blocks, span keys, span values, const int64_t dim, const int64_t value_dim) {
     struct blocks *b = s->blocks;
-    const chunk *waiting = 0; /* that of the block whose weights are being made */
-    int64_t turn = 0;
+    int64_t turns = 0;
     begin_chunk(s, keys, values, 0, blocks);
     for (int64_t c = 0, t = keys.begin; t < keys.end; c++, t += CHUNK) {
         const int64_t n = keys.end - t < CHUNK ? keys.end - t : CHUNK;
+        const chunk *slots = b->chunks + c % CHUNKS;
         part_some(s, b->steps, dim);
         begin_chunk(s, keys, values, c + 1, blocks);
         for (int64_t i = 0; i < blocks; i++) {
             if (b->lines[i].any_sees <= t) continue;
-            lanes *scores = b->scores[turn = !turn];
-            score_block(a, s, b->chunks + c % CHUNKS, scores, b->queries + i * size_of_queries(dim), n, dim);
+            lanes *scores = b->scores[turns % 2];
+            score_block(a, s, slots, scores, b->queries + i * size_of_queries(dim), n, dim);
             if (a->softcap > 0) cap_chunk(scores, n, a->softcap, 2);
             hide_chunk(scores, b->lines + i, n, t, 2);
-            if (waiting) {
-                add_block(a, s, waiting, dim, value_dim);
-                own_item(a, s);
-            }
-            begin_weights(b, b->lines + i, scores, n);
-            waiting = b->chunks + c % CHUNKS;
+            const turn last = turns ? end_weights(b) : b->weighing;
+            begin_weights(b, b->lines + i, slots, scores, n);
+            if (turns++) add_block(a, s, &last, value_dim);
         }
+        for (int i = 0; i < 2; i++) own_item(a, s);
     }
-    if (waiting) add_block(a, s, waiting, dim, value_dim);
+    if (!turns) return;
+    const turn last = end_weights(b);
+    add_block(a, s, &last, value_dim);
 }
 
 INLINE void attend_all(const task *a, scratch *s, segment g, int64_t head, int64_t first, int64_t count, const int64_t dim,

@@ -29,14 +29,16 @@ INLINE void attend_own(const task *a, float *scores, int64_t item, int64_t then,
     sum_values(a->out + line * value_dim, 0, scores, stride, 1, &values.end, values, own_slots(a, a->keys, then, dim), group, value_dim);
 }
 
-/* The own slots that come next, if any are left. Those behind them are known then, so that memory is on its way. */
+/* The own slots that come next, if any are left. Those behind them are known, so that memory is on its way. */
 void own_item(const task *a, scratch *s) {
     const int64_t group = a->heads / a->kv_heads, dim = a->dim, value_dim = a->value_dim;
-    const int64_t item = s->own, all = a->step->rows * a->kv_heads;
+    const int64_t item = s->owns[0], all = a->step->rows * a->kv_heads;
     if (item >= all) return;
-    s->own = take_own(a);
-    s->at = 0;
-    const int64_t then = s->own < all ? s->own : item;
+    for (int i = 0; i + 1 < OWNS; i++) s->owns[i] = s->owns[i + 1];
+    s->owns[OWNS - 1] = take_own(a);
+    if (s->coming) s->coming--;
+    else s->at = 0;
+    const int64_t then = s->owns[0] < all ? s->owns[0] : item;
 #define OWN(G, D, V) attend_own(a, s->own_scores, item, then, G, D, V)
     if (dim == 64 && value_dim == 64 && group == 3) OWN(3, 64, 64);
     else if (dim == 64 && value_dim == 64 && group == 4) OWN(4, 64, 64);
