@@ -26,10 +26,11 @@ def test_another_openmp_in_the_process_is_no_hindrance(tmp_path):
     """scikit-learn, which transformers imports, brings a copy of its own."""
     code = """
 import ctypes, shutil, sys
-from hf_paged.kernels.native import _openmp_of_torch, native_status
-own = _openmp_of_torch()
+from hf_paged.kernels.native import native_status
+from hf_paged.kernels.native_build import openmp_of_torch
+own = openmp_of_torch()
 ctypes.CDLL(shutil.copy(own, sys.argv[1]))
-assert _openmp_of_torch() == own
+assert openmp_of_torch() == own
 assert native_status()[0] is not None, native_status()
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "libgomp-copy.so.1")], check=True)

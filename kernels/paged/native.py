@@ -1,41 +1,22 @@
 """CPU ops compiled on first use by the machine's own C compiler. Optional: without one, the torch ops do the same.
 
-The files of `csrc` take some seconds to compile and are kept in the user's cache folder, by source, compiler and
-processor. They run on the threads of torch's own OpenMP, so that `torch.set_num_threads` governs them and no second
-pool competes.
+They run on the threads of torch's own OpenMP, so that `torch.set_num_threads` governs them and no second pool competes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from hf_paged.kernels.groups import Groups
+from hf_paged.kernels.native_build import SECONDS, built, compiler_of, openmp_of_torch
 from hf_paged.kernels.seen import Seen
 
-SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
-# Sums may be reordered, but infinities stay what they are.
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=gnu11", "-w")
-EXACT = {
-    "sampling": ("-fno-fast-math", "-ffp-contract=off"),  # here what is compared is rounded as torch rounds it
-    # Here a line's sums are the same whatever stands beside it, and whoever norms it.
-    "elementwise": ("-fno-associative-math",),
-    "tiles": ("-fno-associative-math",),
-    "amx": ("-fno-associative-math",),
-    "grouped_amx": ("-fno-associative-math",),  # what is taken apart is what is left
-}
-SECONDS = 300  # for one file, on a busy machine
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _Byte = ctypes.c_char
 
@@ -189,60 +170,20 @@ def native_status() -> tuple[NativeOps | None, str]:
     """The compiled ops or None, and where they come from or why there are none."""
     if os.environ.get("HF_PAGED_NATIVE", "1") == "0":
         return None, "HF_PAGED_NATIVE is 0"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    runtime = _openmp_of_torch()
-    if compiler is None or runtime is None:
-        return None, "there is no C compiler" if compiler is None else "torch runs without GNU OpenMP"
     try:
-        path = _compiled(compiler)
+        compiler, runtime = compiler_of(dict(os.environ)), openmp_of_torch()
+        if not compiler or runtime is None:
+            return None, "there is no C compiler" if not compiler else "torch runs without GNU OpenMP"
+        path = built(compiler)
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the symbols that `path` leaves open
-        ops = NativeOps(ctypes.CDLL(str(path)))
-        return ops, f"compiled by {compiler}" + (", some products by AMX" if ops.amx else "")
+        try:
+            ops = NativeOps(ctypes.CDLL(str(path)))
+        except OSError:
+            path.unlink(missing_ok=True)  # no library: the next process may have a better compiler
+            raise
+        return ops, f"compiled by {' '.join(compiler)}" + (", some products by AMX" if ops.amx else "")
     except subprocess.TimeoutExpired:
         return None, f"compiling took more than {SECONDS} seconds"
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, AttributeError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return None, f"compiling failed: {output.strip().splitlines()[0] if output.strip() else error!r}"
-
-
-def _openmp_of_torch() -> str | None:
-    """Path of the GNU OpenMP library that torch runs on. scikit-learn, among others, loads one of its own."""
-    try:
-        with open("/proc/self/maps") as lines:
-            paths = {line.split()[-1] for line in lines if "/libgomp" in line}
-    except OSError:
-        return None
-    own = {path for path in paths if Path(path).is_relative_to(Path(torch.__file__).parent)}
-    found = own or paths
-    return found.pop() if len(found) == 1 else None
-
-
-def _compiled(compiler: str) -> Path:
-    """The library's path, compiled if the cache has none for this source, compiler and processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    with open("/proc/cpuinfo") as lines:
-        processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    key = hashlib.sha256(
-        "\0".join([*(path.read_text() for path in SOURCES), *FLAGS, repr(EXACT), version, processor]).encode()
-    ).hexdigest()[:20]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_paged"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        target = base / f"native-{key}.so"
-    except OSError:
-        target = Path(tempfile.mkdtemp(prefix="hf_paged-")) / f"native-{key}.so"
-
-    def compile_one(arguments: list[str]) -> None:
-        subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=SECONDS)
-
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            units = {path: f"{folder}/{path.stem}.o" for path in SOURCES if path.suffix == ".c"}
-            steps = [[*FLAGS, *EXACT.get(path.stem, ()), "-c", str(path), "-o", unit] for path, unit in units.items()]
-            # Linked without OpenMP: torch's runtime serves.
-            steps.append(["-shared", *units.values(), "-lm", "-o", f"{folder}/native.so"])
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(compile_one, steps[:-1]))
-            compile_one(steps[-1])
-            os.replace(f"{folder}/native.so", target)
-    return target
