@@ -67,10 +67,11 @@ def built(compiler: Sequence[str]) -> Path:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
     told = [*(path.read_text() for path in SOURCES), *FLAGS, repr(EXACT), *compiler, version, processor]
     name = f"native-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:20]}.so"
-    for folder in (cache := _cache_folder(), _own_folder()):
+    cache = _cache_folder()
+    writable = cache is not None and os.access(cache, os.W_OK | os.X_OK)
+    for folder in (cache, None if writable else _own_folder()):
         if folder is not None and _is_whole(folder / name):
             return folder / name
-    writable = cache is not None and os.access(cache, os.W_OK | os.X_OK)
     target = (cache if writable else _own_folder() or Path(tempfile.mkdtemp(prefix="hf_paged-"))) / name
     _build(compiler, target)
     return target
