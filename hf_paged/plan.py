@@ -139,6 +139,7 @@ def build_plan(
             packed[2],
             backend,
             tree,
+            vouched=True,
         ),
     )
 

@@ -142,7 +142,7 @@ def static_plan(tensors: dict[str, torch.Tensor], page_size: int, backend: str, 
     rows, width = tensors["table"].shape
     device, longest = tensors["table"].device, width * page_size
     arrays = np.ones(rows, np.int64), np.full(rows, longest), np.zeros((rows, 1), np.int64)
-    paged = PagedRows(page_size, rows, *arrays, tensors["slots"], backend, grouped=False)
+    paged = PagedRows(page_size, rows, *arrays, tensors["slots"], backend, grouped=False, vouched=True)
     names = ("table", "context", "order", "common")[: 4 if shared else 2]
     paged.derived(("step", device), lambda: StepTensors(*(tensors[name] for name in names)))
     paged.derived("longest", lambda: longest)

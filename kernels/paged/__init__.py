@@ -7,6 +7,7 @@ Only torch is imported here; a backend is imported when it is first chosen. Layo
 from __future__ import annotations
 
 from hf_paged.kernels.backends import choose_backend, runs_triton, with_fallback
+from hf_paged.kernels.check import check_attention, check_new
 from hf_paged.kernels.rows import PagedRows
 
 
@@ -18,13 +19,16 @@ def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:
         value: `[tokens, kv_heads, value_dim]`.
         key_pages: `[num_pages, kv_heads, page_size, head_dim]`, written in place.
         value_pages: `[num_pages, kv_heads, page_size, value_dim]`, written in place.
-        rows: the step's rows; `rows.slots` says where (slots of page 0 take what must go nowhere).
+        rows: the step's rows; `rows.slots` says where (-1: nowhere).
 
     Raises:
-        ValueError: keys and values differ from their pages in dtype (where the Triton kernels run).
+        ValueError: arguments do not go together, unless `rows` are vouched for; keys and values differ from their pages
+            in dtype (where the Triton kernels run).
     """
     from hf_paged.kernels.write import write_kv as run
 
+    if not rows.vouched:
+        check_new(key, value, key_pages, value_pages, rows)
     tensors = key, value, key_pages, value_pages, rows
     if runs_triton(key_pages.device.type, rows.backend):
         from hf_paged.kernels import triton_path
@@ -56,10 +60,14 @@ def paged_attention(
         `[tokens, heads, value_dim]`, in the query's dtype.
 
     Raises:
-        ValueError: queries and pages differ in dtype or head_dim (where the Triton kernels run).
+        ValueError: arguments do not go together, unless `rows` are vouched for; queries and pages differ in dtype or
+            head_dim (where the Triton kernels run).
     """
     from hf_paged.kernels.torch_path import paged_attention as run
 
+    if not rows.vouched:
+        given = dict(scale=scale, window=window, softcap=softcap, sinks=sinks)
+        check_attention(query, key_pages, value_pages, rows, **given)
     tensors = query, key_pages, value_pages, rows
     options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, fresh=fresh)
     if runs_triton(query.device.type, rows.backend):

@@ -99,8 +99,9 @@ class _Finder:
         self.several = (rows.query_lens >= least).tolist()
         self.causal = self.several
         if rows.tree is not None:
-            self.before = np.minimum(self.before, rows.tree.base[self.start])
-            branches = rows.tree.visible[self.start] != ALL
+            first = np.minimum(self.start, len(rows.tree.base) - 1)  # behind the last token rows may have none
+            self.before = np.minimum(self.before, rows.tree.base[first])
+            branches = rows.tree.visible[first] != ALL
             self.causal = [several and not tree for several, tree in zip(self.several, branches.tolist(), strict=True)]
         self.own = np.zeros(int(ends[-1]), np.int64)
         self.segments: list[tuple[int, int, int, int, int, int]] = []

@@ -47,6 +47,7 @@ class PagedRows:
         tree: which slots queries see, where draft tokens branch.
         grouped: whether what many queries see is read and computed once for all of them, where an op can (see
             `groups.py`, `splits.py`).
+        vouched: whether who made it says that it is right, so that the ops need not look (see `check.py`).
     """
 
     page_size: int
@@ -58,6 +59,7 @@ class PagedRows:
     backend: str = "auto"
     tree: TreeMask | None = None
     grouped: bool = True
+    vouched: bool = False
     _derived: dict = field(default_factory=dict, repr=False)
 
     def derived(self, key: object, make: Callable[[], T]) -> T:

@@ -46,6 +46,8 @@ def paged_attention(
     for row in range(int(np.searchsorted(ends, n, "right")), len(ends)):
         end, context = int(ends[row]), int(rows.context_lens[row])
         start = end - int(rows.query_lens[row])
+        if start == end:
+            continue
         if fresh is not None and context == end - start:
             key, value = (t[start:end].transpose(0, 1) for t in fresh)
         else:

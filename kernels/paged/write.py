@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hf_paged.kernels.fp8 import narrowed, raw
@@ -19,6 +21,9 @@ def write_kv(
     key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, rows: PagedRows
 ) -> None:
     """See `hf_paged.kernels.write_kv`."""
+    if not rows.vouched and bool((kept := rows.slots >= 0).logical_not().any()):
+        key, value = key[kept], value[kept]
+        rows = replace(rows, slots=rows.slots[kept], _derived={})
     heads = key_pages.shape[1]
     index = rows.derived(("write", heads), lambda: _positions(rows, heads))
     for new, pages in ((key, key_pages), (value, value_pages)):
