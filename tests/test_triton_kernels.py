@@ -162,6 +162,12 @@ def test_half_precision():
     torch.testing.assert_close(got.float(), exact.expected(), atol=5e-3, rtol=5e-3)
 
 
+def test_bfloat16_is_refused_where_the_interpreter_would_give_wrong_numbers():
+    step = make(replace(Case(rows=((20, None),)), dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="bfloat16 is not allowed"):
+        paged_attention(step.query, step.keys, step.values, step.rows, **step.options)
+
+
 def test_queries_that_are_not_contiguous():
     step = make(Case(rows=((40, None), (20, 9))))
     for query in (

@@ -52,6 +52,13 @@ def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tenso
     _require(scale > 0, "scale", scale, "a number over 0")
     heads, dim = query.shape[1:]
     _require_dtype("query.dtype", query.dtype, key_pages.dtype)
+    interpreted = query.device.type == "cpu" and key_pages.dtype == torch.bfloat16
+    _require(
+        not interpreted,
+        "key_pages.dtype",
+        key_pages.dtype,
+        "Triton's interpreter multiplies it wrongly; float16 or float32",
+    )
     _require(dim == key_pages.shape[-1], "query's head_dim", dim, f"that of the keys, {key_pages.shape[-1]}")
     kv_heads = key_pages.shape[1]
     _require(heads % kv_heads == 0, "query's heads", heads, f"a multiple of the {kv_heads} KV heads")
