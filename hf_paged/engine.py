@@ -183,6 +183,13 @@ class EngineCore:
             self.drafting.tidy()
         return True
 
+    def fail(self, error: Exception) -> None:
+        """End all requests: none of them can go on."""
+        with self._mending():
+            for request in self.requests:
+                self.roster.end(request, "error", error)
+            self.drafting.tidy()
+
     @contextmanager
     def _mending(self) -> Iterator[None]:
         """An exception at any place in here leaves all laws kept, and every request where it was or at its end."""

@@ -143,8 +143,9 @@ class LeanForward:
         if not (outer and ends and made and len(kinds) == 1):
             return None
         forward = cls(model, store, backend, pack)
+        same = len({(layer.self_attn.scaling, layer.self_attn.head_dim) for layer in body.layers}) == 1
         whole = 2 * getattr(body.rotary_emb, "inv_freq", model.lm_head.weight).shape[-1] == forward.head_dim
-        if not whole or not all(layer.plain() for layer in forward.layers):
+        if not (same and whole and all(layer.plain() for layer in forward.layers)):
             return None
         if forward.few is not None:
             forward.most = forward.few.most(forward._weight_bytes())

@@ -15,6 +15,7 @@ from hf_paged.integrations.cuda_step import make_stepper
 from hf_paged.integrations.drafters import make_drafter
 from hf_paged.integrations.few_stepper import FewStepper
 from hf_paged.integrations.inspect import PagedForward, model_facts, verify_forward
+from hf_paged.integrations.lean import LeanForward
 from hf_paged.integrations.parallel import InStep, Team, refuse_tiers
 from hf_paged.integrations.sizing import core_settings, kv_dtype, make_tiers, pool_pages
 from hf_paged.integrations.validity import Validity, identity
@@ -53,7 +54,7 @@ class ModelEngine:
     ) -> None:
         self._model, self.config, self.tokenizer, self._speculation = model, config, tokenizer, speculation
         self.lock = threading.RLock()
-        self._closed = self._stepping = False
+        self._closed = self._stepping = self._looked = False
         self._set_up()
 
     def _set_up(self) -> None:
@@ -168,22 +169,39 @@ class ModelEngine:
     # -- what the model is now
 
     def begin(self) -> None:
-        """Before requests are queued: refuse when closed, look at the model anew when nothing runs."""
+        """Before requests are queued: refuse when closed, look at the model anew. Requests that run then go on with
+        what it is now; copies of weights are looked at when nothing runs, and no look is needed within a step."""
         if self._closed:
             raise ValueError("the engine is closed")
-        if self.core.busy:
+        busy = self.core.busy
+        if busy and (self._stepping or self._looked):
             return
-        weight = self._model().get_input_embeddings().weight
-        if not self._ready or (weight.device, weight.dtype) != (self.facts.device, self.facts.dtype):
+        if not self._ready or self._is_other_kind():
+            self._end_all()
             self._set_up()
-        elif self._anywhere(self.validity.begin()) or self._anywhere(self.forward.refresh(known=self.validity.known)):
+        elif self._anywhere(self.validity.begin()) or (
+            not busy and self._anywhere(self.forward.refresh(known=self.validity.known))
+        ):
             self.forget()
+        self._looked = True
+        if busy:
+            return
         for key, (_, drafter) in list(self._drafters.items()):
             if isinstance(key, weakref.ref) and key() is None:  # the draft model is gone
                 del self._drafters[key]
                 self.core.drafting.drop(drafter)
             else:
                 drafter.look_again()
+
+    def _is_other_kind(self) -> bool:
+        """Whether the model computes elsewhere or with other numbers than its KV here."""
+        weight = self._model().get_input_embeddings().weight
+        return (weight.device, weight.dtype) != (self.facts.device, self.facts.dtype)
+
+    def _end_all(self) -> None:
+        """No request can go on with a model of another kind."""
+        was = f"{self.facts.dtype} on {self.facts.device}"
+        self.core.fail(ValueError(f"the model was moved or cast while this ran: its KV is of {was}"))
 
     def draw_seed(self) -> int:
         """A seed from torch's generator; of several processes, from the first one's."""
@@ -218,10 +236,16 @@ class ModelEngine:
         try:
             self._stepping = True
             if self._anywhere(self.validity.step()):  # the model was changed under running requests
+                if self._is_other_kind():
+                    self._end_all()
                 self.validity.begin()
                 self.forget()
+            self._looked = False
             self.forward.vouch(self.validity.known)
             result = self.core.step()
+            if not self.core.busy and not isinstance(self.forward.run, LeanForward):
+                # An adapter may have come since these requests did, and leave before the next look: KV of it is noted.
+                self.validity.begin()
         except BaseException:
             if self.team is not None:
                 self.team.leave()
