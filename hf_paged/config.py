@@ -96,6 +96,9 @@ class EngineConfig:
             require(is_int(value) and value >= 0, name, value, "an integer of at least 0")
         ok = self.disk_cache is None or isinstance(self.disk_cache, str | os.PathLike)
         require(ok, "disk_cache", self.disk_cache, "a path or None")
+        if self.disk_cache is not None:
+            require(not os.path.isfile(self.disk_cache), "disk_cache", self.disk_cache, "a directory: this is a file")
+            require(self.disk_cache_bytes > 0, "disk_cache_bytes", self.disk_cache_bytes, "over 0 with a disk_cache")
         require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer or None")
         for name in ("prefix_caching", "track_optimum", "compile", "check"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")

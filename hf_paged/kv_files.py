@@ -74,8 +74,11 @@ def replace_file(path: Path, data: bytes, sync: bool = False) -> None:
     Args:
         sync: wait until the bytes are on the disk.
     Raises:
-        OSError: it cannot be written; what was at `path` is still there.
+        OSError: it cannot be written, or `path` is no file (a device, say); what was there still is.
     """
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is there and no file")
     temporary = path.with_name(f"{path.name[:80]}.{uuid4().hex}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:

@@ -85,3 +85,12 @@ def test_frozen():
 
 def test_available_memory_is_plausible():
     assert 1 << 20 < available_memory() < 1 << 50
+
+
+def test_a_disk_tier_wants_a_directory_and_room(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="disk_cache="):
+        EngineConfig(disk_cache=tmp_path / "file")
+    with pytest.raises(ValueError, match="disk_cache_bytes=0"):
+        EngineConfig(disk_cache=tmp_path, disk_cache_bytes=0)
+    EngineConfig(disk_cache=tmp_path / "new")

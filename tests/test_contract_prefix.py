@@ -191,6 +191,9 @@ def test_forget(model, shared):
     generate(model, shared)
     engine = engine_of(model)
     assert "tokens on" in str(engine.tree_summary()) and engine.tree_summary().lines
+    for limit in (-1, 2.5, "x", True):
+        with pytest.raises(ValueError, match="limit="):
+            engine.tree_summary(limit)
     engine.forget()
     assert engine.tree_summary().nodes == 0
     engine.check()

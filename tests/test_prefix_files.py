@@ -110,6 +110,17 @@ def test_a_directory_gets_a_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["prefixes.safetensors"]
 
 
+def test_a_link_stays_one_and_what_is_no_file_stays_too(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "real")
+    save(link, ENTRIES, make_store(), "weights")
+    assert link.is_symlink() and len(load(tmp_path / "real", make_store(), "weights").entries) == len(ENTRIES)
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="no file"):
+        save(pipe, ENTRIES, make_store(), "weights")
+    assert pipe.is_fifo()
+
+
 def test_nothing_can_be_saved_too(tmp_path):
     loaded = load(save(tmp_path / "file", [], make_store(), "weights"), make_store(), "weights")
     assert loaded.entries == [] and loaded.bytes == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_paged.config import EngineConfig
+from hf_paged.config import EngineConfig, is_int
 from hf_paged.integrations.drafters import speculation_settings
 from hf_paged.integrations.events import EventFeed
 from hf_paged.integrations.parallel import refuse_files
@@ -187,7 +187,13 @@ class Engine(RequestEngine):
     # -- prefixes that are kept
 
     def tree_summary(self, limit: int = 10) -> TreeSummary:
-        """The prefixes that are kept, the most used first, with their token counts. Print it."""
+        """The prefixes that are kept, the most used first, with their token counts. Print it.
+
+        Raises:
+            ValueError: `limit` is no integer of at least 0.
+        """
+        if not is_int(limit) or limit < 0:
+            raise ValueError(f"limit={limit!r} is not allowed: an integer of at least 0")
         with self.lock:
             prefixes = self.core.memory.prefixes
             if prefixes is None:
