@@ -179,9 +179,10 @@ class ModelEngine:
         if not self._ready or self._is_other_kind():
             self._end_all()
             self._set_up()
-        elif self._anywhere(self.validity.begin()) or (
-            not busy and self._anywhere(self.forward.refresh(known=self.validity.known))
-        ):
+        elif busy:
+            if self._anywhere(self.validity.glance()):
+                self.forget()
+        elif self._anywhere(self.validity.begin()) or self._anywhere(self.forward.refresh(known=self.validity.known)):
             self.forget()
         self._looked = True
         if busy:
@@ -245,7 +246,7 @@ class ModelEngine:
             result = self.core.step()
             if not self.core.busy and not isinstance(self.forward.run, LeanForward):
                 # An adapter may have come since these requests did, and leave before the next look: KV of it is noted.
-                self.validity.begin()
+                self.validity.glance()
         except BaseException:
             if self.team is not None:
                 self.team.leave()

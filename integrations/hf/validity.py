@@ -63,13 +63,15 @@ class Fingerprint:
     def holds(self, model: nn.Module) -> bool:
         """Whether `model` is what it was, for a fourth of what another fingerprint takes; False where that cannot be
         told so."""
-        if self.many is None:
-            return False
+        return self.many is not None and self.stands(model) and self.many.same()
+
+    def stands(self, model: nn.Module) -> bool:
+        """The same but for numbers: whether its parts, settings and hooks are those that were, and no counted write
+        changed a weight."""
         modules = modules_of(model)
         tensors = _tensors(modules)
-        if list(map(id, tensors)) != [id(ref()) for ref in self.tensors] or not self._placed_as_before(tensors):
-            return False
-        return self.many.same() and self.structure == _structure(modules)
+        same = list(map(id, tensors)) == [id(ref()) for ref in self.tensors] and self._placed_as_before(tensors)
+        return same and self.structure == _structure(modules)
 
     def barely_holds(self) -> bool:
         """Whether all weights are where they were, no counted write changed them, and a few numbers are the same."""
@@ -105,8 +107,15 @@ class Validity:
 
     def begin(self) -> bool:
         """Look at the whole model: whether it changed since KV was last forgotten."""
+        return self._look(self.known.holds)
+
+    def glance(self) -> bool:
+        """The same but at its numbers, for which a host would have to wait for its device."""
+        return self._look(self.known.stands)
+
+    def _look(self, as_it_was: Callable[[nn.Module], bool]) -> bool:
         model = self.model()
-        if not self.known.holds(model):
+        if not as_it_was(model):
             seen = Fingerprint(model)
             self.stale = self.stale or self.known != seen  # first: an interrupt may come between any two lines
             self.known = seen
