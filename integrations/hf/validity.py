@@ -132,16 +132,20 @@ class Validity:
 
 
 def identity(model: nn.Module) -> str:
-    """A name for the KV of `model` that another process gives it too: from all numbers of its weights, and settings.
+    """A name for the KV of `model` that another process gives it too.
 
     Nobody can tell what a hook does, or a `forward` that was put on a module: such a model has another name each time.
     """
+    return uuid4().hex if any(map(_is_altered, modules_of(model))) else name_of(model)
+
+
+def name_of(model: nn.Module) -> str:
+    """A name for `model` that another process gives it too: from all numbers of its weights, and settings."""
     modules = modules_of(model)
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     states = [(type(module).__name__, _own_settings(vars(module))) for module in modules]
     sums = [_sums(leaf) for tensor in _tensors(modules) for leaf in _leaves(tensor)]
-    unnamed = uuid4().hex if any(map(_is_altered, modules)) else ""
-    return hashlib.sha256(repr((sums, shapes, states, _settings(modules), unnamed)).encode()).hexdigest()
+    return hashlib.sha256(repr((sums, shapes, states, _settings(modules))).encode()).hexdigest()
 
 
 def _is_altered(module: nn.Module) -> bool:
@@ -156,7 +160,7 @@ def _sums(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     bits = tensor.detach().contiguous()
     bits = bits.view(BITS[bits.element_size()]) if bits.element_size() in BITS else bits.view(torch.uint8)
-    lines = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1).sum(1, dtype=torch.int64)
+    lines = bits.reshape(-1, bits.shape[-1] if bits.dim() > 1 else 1).sum(1, dtype=torch.int64)
     places = torch.arange(1, len(lines) + 1, device=lines.device)
     return int(lines.sum()), int((lines * places).sum())
 

@@ -9,7 +9,7 @@ from hf_paged.integrations.bench.data import BadInput
 from hf_paged.integrations.datasets.pool import pages_for
 from hf_paged.integrations.datasets.recipe import Ingest, Recipe
 from hf_paged.integrations.datasets.source import Source
-from hf_paged.integrations.validity import identity
+from hf_paged.integrations.validity import name_of
 
 
 @dataclass
@@ -51,7 +51,7 @@ def serve(
         extra = [name for name, value in given.items() if value is not None]
         if extra:
             raise BadInput(f"{', '.join(extra)}: the engine that is given has its own; leave them out")
-        return Served(model, _name(model.target()), identity(model.target()), False)
+        return Served(model, _name(model.target()), name_of(model.target()), False)
     dtype = dtype or ("float32" if check_device(device).type == "cpu" else "auto")
     name = str(model) if isinstance(model, str) or hasattr(model, "__fspath__") else None
     if name is not None or model is None:
@@ -61,7 +61,7 @@ def serve(
     if isinstance(draft, str) or hasattr(draft, "__fspath__"):
         loaded = load(str(draft), dtype, device)
         draft, draft_tokenizer = loaded.model, loaded.tokenizer
-    known = identity(model)
+    known = name_of(model)
     try:
         if model.device.type == "cpu" and not {"num_pages", "memory_fraction"} & set(settings):
             settings = settings | {"num_pages": _pages(model, tokenizer, recipe, source, settings)}
