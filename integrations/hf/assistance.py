@@ -31,9 +31,15 @@ def asked(config: Any, draft_model: nn.Module | None, given: Any = None) -> Spec
         return speculation_settings(given, draft_model)
     lookup, layers = config.prompt_lookup_num_tokens, config.assistant_early_exit
     settings: dict[str, Any] = {}
+    own = getattr(draft_model, "generation_config", None)  # where transformers looks for what the call does not say
+
+    def said(name: str) -> Any:
+        value = getattr(config, name)
+        return getattr(own, name, None) if value is None else value
+
     if draft_model is not None:
         settings["method"] = "auto" if lookup else "draft"
-        most = config.num_assistant_tokens
+        most = said("num_assistant_tokens")
     elif layers is not None:
         settings |= {"method": "layer_skip", "early_exit": layers}
         most = config.num_assistant_tokens
@@ -45,8 +51,9 @@ def asked(config: Any, draft_model: nn.Module | None, given: Any = None) -> Spec
         settings["max_draft_tokens"] = min(int(most), 64)
     if config.max_matching_ngram_size is not None:
         settings["max_matching_ngram_size"] = config.max_matching_ngram_size
-    if config.assistant_confidence_threshold is not None:
-        settings["confidence_threshold"] = config.assistant_confidence_threshold
+    threshold = said("assistant_confidence_threshold")
+    if threshold is not None:
+        settings["confidence_threshold"] = threshold
     return speculation_settings(settings, draft_model)
 
 
