@@ -10,6 +10,7 @@ import torch
 
 from hf_paged.kernels.backends import with_extend
 from hf_paged.kernels.card import target_of
+from hf_paged.kernels.check import check_heads, require
 from hf_paged.kernels.decode import decode
 from hf_paged.kernels.extend import extend
 from hf_paged.kernels.fp8 import FP8
@@ -49,21 +50,18 @@ def check(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tenso
     Raises:
         ValueError: dtypes or dims do not go together, pages are not contiguous, or the scale is not over 0.
     """
-    _require(scale > 0, "scale", scale, "a number over 0")
-    heads, dim = query.shape[1:]
+    require(scale > 0, "scale", scale, "a number over 0")
     _require_dtype("query.dtype", query.dtype, key_pages.dtype)
     interpreted = query.device.type == "cpu" and key_pages.dtype == torch.bfloat16
-    _require(
+    require(
         not interpreted,
         "key_pages.dtype",
         key_pages.dtype,
         "Triton's interpreter multiplies it wrongly; float16 or float32",
     )
-    _require(dim == key_pages.shape[-1], "query's head_dim", dim, f"that of the keys, {key_pages.shape[-1]}")
-    kv_heads = key_pages.shape[1]
-    _require(heads % kv_heads == 0, "query's heads", heads, f"a multiple of the {kv_heads} KV heads")
+    check_heads(query, key_pages)
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
-        _require(pages.is_contiguous(), f"{name}.stride()", pages.stride(), "contiguous pages")
+        require(pages.is_contiguous(), f"{name}.stride()", pages.stride(), "contiguous pages")
 
 
 def check_new(key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor) -> None:
@@ -71,20 +69,15 @@ def check_new(key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, v
     check(key, key_pages, value_pages)
     _require_dtype("value.dtype", value.dtype, value_pages.dtype)
     wanted = (*key.shape[:2], value_pages.shape[-1])
-    _require(value.shape == wanted, "value.shape", tuple(value.shape), f"{wanted}")
+    require(value.shape == wanted, "value.shape", tuple(value.shape), f"{wanted}")
 
 
 def _require_dtype(name: str, dtype: torch.dtype, pages: torch.dtype) -> None:
     """Numbers to compute with, and those in pages: alike, or any and fp8."""
     if pages == FP8:
-        _require(dtype in DTYPES, name, dtype, "float32, float16 or bfloat16")
+        require(dtype in DTYPES, name, dtype, "float32, float16 or bfloat16")
     else:
-        _require(dtype == pages, name, dtype, f"that of the pages, {pages}")
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value} is not allowed: {allowed}")
+        require(dtype == pages, name, dtype, f"that of the pages, {pages}")
 
 
 def write_kv(key, value, key_pages, value_pages, rows: PagedRows) -> None:
