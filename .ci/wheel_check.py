@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_paged
 import hf_paged.integrations
 import hf_paged.kernels
-from hf_paged.kernels.native import SOURCES
+from hf_paged.kernels.native_build import SOURCES
 
 checkout = Path(sys.argv[1]).resolve()
 for module in (hf_paged, hf_paged.kernels, hf_paged.integrations):
