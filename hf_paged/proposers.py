@@ -66,6 +66,13 @@ class Proposers:
             for drafter in self.drafters:
                 drafter.copied(copies)
 
+    def look_again(self) -> None:
+        """Draft models may have changed: of one that did, what its drafts are worth is not known."""
+        changed = [drafter for drafter in self.drafters if drafter.look_again()]
+        for (_, drafter), speculator in self.speculators.items():
+            if drafter in changed:
+                speculator.begin_anew()
+
     def forget(self) -> None:
         """The model is not what it was."""
         for drafter in self.drafters:

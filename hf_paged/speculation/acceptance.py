@@ -60,6 +60,10 @@ class Acceptance:
         for depth in range(1, min(max(depths), verdict.deepest) + 1):
             self._add(proposal.source, ANY, depth, depth <= verdict.accepted)
 
+    def forget(self, source: str) -> None:
+        """Nothing is known of this proposer."""
+        self._seen = {key: seen for key, seen in self._seen.items() if key[0] != source}
+
     def _add(self, source: str, kind: int, depth: int, taken: bool) -> None:
         seen = self._seen.setdefault((source, kind, min(depth, DEPTHS)), [0.0, 0.0])
         seen[0], seen[1] = seen[0] * DECAY + taken, seen[1] * DECAY + 1

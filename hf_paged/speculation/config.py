@@ -8,6 +8,7 @@ from typing import Any
 from hf_paged.config import is_int, require
 
 METHODS = ("off", "draft", "lookup", "suffix", "layer_skip", "auto")
+MAX_DRAFT_TOKENS, MAX_NGRAM = 64, 16
 USUAL, LONGEST = 8, 32  # drafts one behind another where nothing is said: of all; of texts that repeat others
 
 
@@ -41,9 +42,9 @@ class SpeculationConfig:
     def __post_init__(self) -> None:
         self._require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         for name, low, high in (
-            ("max_draft_tokens", 0, 64),
+            ("max_draft_tokens", 0, MAX_DRAFT_TOKENS),
             ("tree_width", 1, 8),
-            ("max_matching_ngram_size", 1, 16),
+            ("max_matching_ngram_size", 1, MAX_NGRAM),
             ("suffix_tokens", 64, 1 << 28),
         ):
             value = getattr(self, name)

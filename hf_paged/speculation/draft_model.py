@@ -28,7 +28,8 @@ class DraftModel(Drafter):
     """Drafts by a causal model with the target's vocabulary, or by the target's own first layers.
 
     A batch of drafts is one forward a depth. What was drafted and taken is known to the draft model already; what was
-    not is computed anew with the row's next tokens, in the same forward.
+    not is computed anew with the row's next tokens, in the same forward. A row that is too long for the draft model
+    gets no drafts.
 
     Args:
         num_pages, page_size: of the target's pool.
@@ -93,9 +94,10 @@ class DraftModel(Drafter):
     def _draft(
         self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
     ) -> list[Proposal | None]:
-        trees = [Tree(planned, depth) for planned, depth in zip(rows, deepest, strict=True)]
+        left = [self.longest - planned.sequence.computed for planned in rows]
+        trees = [Tree(planned, min(depth, room)) for planned, depth, room in zip(rows, deepest, left, strict=True)]
         self._trees = {tree.planned.sequence: tree for tree in trees}
-        self._grow(trees, guide, reserve)
+        self._grow([tree for tree in trees if tree.deepest > 0], guide, reserve)
         for tree in trees:
             tree.pages = list(tree.planned.sequence.pages)
         return [self._proposal(tree) if tree.tokens else None for tree in trees]

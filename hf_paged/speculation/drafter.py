@@ -44,6 +44,7 @@ class Drafter:
         store: the draft model's KV. None: the target's own forward stores it.
         page_size: of `store`.
         most: tokens of one forward.
+        longest: tokens of a row that its model can take.
 
     Attributes:
         cost: of its forwards. seconds: spent in drafting. failed: whether it has given up.
@@ -61,12 +62,14 @@ class Drafter:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         most: int = 512,
+        longest: int = 1 << 60,
     ) -> None:
         self.forward, self.store, self.page_size, self.name = forward, store, page_size, name
-        self.device, self.backend, self.most = device, backend, most
+        self.device, self.backend, self.most, self.longest = device, backend, most, longest
         self.cost, self.seconds, self.failed, self.lag = CostTable(), 0.0, False, 0
         self.measured: Callable[[float], float] = float
         self._stale = False  # whether its model may have changed since it was looked at
+        self._changed = False  # whether a look has found that it did, which nobody was told yet
 
     def propose(
         self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
@@ -104,15 +107,26 @@ class Drafter:
 
     def _look(self) -> None:
         """Look at its model, if that may have changed: not before it drafts, since it may never do so."""
-        if self._stale:
-            self.forward.refresh()
-            self._stale = False
+        if not self._stale:
+            return
+        if self.forward.refresh():  # KV of what it was is of no use, and what failed may be mended
+            self.forget()
+            self._changed, self.failed = True, False
+        self._stale = False
 
     # -- what the engine tells
 
-    def look_again(self) -> None:
-        """Its model may have changed."""
+    def look_again(self) -> bool:
+        """Its model may have changed: it is looked at closely before it drafts, and barely here.
+
+        Returns:
+            whether it is known to be another one than at the latest call.
+        """
         self._stale = True
+        if self.failed or getattr(self.forward, "altered", bool)():
+            self.ready()
+        changed, self._changed = self._changed, False
+        return changed
 
     def forget(self) -> None:
         """No KV is known any more."""

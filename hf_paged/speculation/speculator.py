@@ -219,6 +219,11 @@ class Speculator:
 
     # -- what came of it
 
+    def begin_anew(self) -> None:
+        """The draft model is not what it was."""
+        self.acceptance.forget(self.drafter.name)
+        self.trial, self._reached, self._took = Trial(), 0.0, 0.0
+
     def judge(self, planned: PlanRow, verdict: Verdict, computed: int) -> None:
         """Learn from what the target made of a row's drafts; `computed` of its tokens were, before."""
         self.learn(planned.row, verdict)

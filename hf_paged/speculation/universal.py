@@ -49,7 +49,6 @@ class UniversalDraft(Drafter):
     its own. A row for which these do not suffice, or whose text is too long for the draft model, gets no drafts.
 
     Args:
-        longest: tokens that the draft model can take.
         settings: see `Drafter`.
     """
 
@@ -59,11 +58,10 @@ class UniversalDraft(Drafter):
         store: KVStore,
         target: Vocabulary,
         draft: Vocabulary,
-        longest: int = 1 << 60,
         **settings: Any,
     ) -> None:
         super().__init__(forward, store, store.page_size, **settings)
-        self.target, self.draft, self.longest = target, draft, longest
+        self.target, self.draft = target, draft
         self.memory = Memory(store.num_pages, store.page_size)
         self._mirrors: dict[Sequence, Mirror] = {}  # by the target's sequence
         self._unsure = False  # whether an exception has come in the middle of something

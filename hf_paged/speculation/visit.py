@@ -133,7 +133,7 @@ class Visits:
             if model is None or not model.ready():
                 return None
             few = getattr(model.forward, "few_model", int)()
-            if not few or few.slots < max(len(planned.row.tokens) for planned in work) + FAR:
+            if not few or min(few.slots, model.longest) < max(len(planned.row.tokens) for planned in work) + FAR:
                 return None
             known = {planned: model.known(planned) for planned in work}
             if sum(len(planned.row.tokens) - at for planned, at in known.items()) > min(few.most, budget):

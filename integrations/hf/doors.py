@@ -26,6 +26,13 @@ from hf_paged.integrations.vocabularies import tokenizer_pair
 from hf_paged.params import SamplingParams
 
 logger = logging.getLogger("hf_paged")
+# Arguments of the decoding strategy `hf_paged.generate`, and what `generate` calls them.
+STRATEGY_NAMES = {
+    "draft_model": "assistant_model",
+    "target_tokenizer": "tokenizer",
+    "draft_tokenizer": "assistant_tokenizer",
+    "engine_config": "cache_config",
+}
 _lock = threading.Lock()
 # What stood where `enable` has put its own functions; None: nothing, the name was inherited.
 _originals: dict[tuple[type, str], Any] = {}
@@ -141,6 +148,8 @@ class PagedCall:
         kwargs: dict[str, Any],
     ) -> None:
         self.original, self.model, self.kwargs = original, model, kwargs
+        if kwargs.get("custom_generate") is paged_strategy:
+            self._take_strategy()
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
                 "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a "
@@ -153,10 +162,19 @@ class PagedCall:
         self.config, self.salt = _engine_config(settings, of_call, sharing)
         SamplingParams(cache_salt=self.salt)  # refuses what is no salt
         self.generation_config = copy.deepcopy(generation_config)
-        if kwargs.get("custom_generate") is paged_strategy:
-            del kwargs["custom_generate"]  # it asks for the same
         for name in ("cache_implementation", "cache_config"):
             self._unset(name, kwargs)
+
+    def _take_strategy(self) -> None:
+        """`hf_paged.generate` is given as well, which asks for the same: what it takes, under the names used here."""
+        del self.kwargs["custom_generate"]
+        for ours, theirs in STRATEGY_NAMES.items():
+            given = self.kwargs.pop(ours, None)
+            if given is None:
+                continue
+            if self.kwargs.get(theirs) is not None:
+                raise ValueError(f"{ours} and {theirs} are both given: they say the same, leave one out")
+            self.kwargs[theirs] = given
 
     def _unset(self, name: str, kwargs: dict[str, Any]) -> None:
         """Take a setting away, wherever `generate` would find it."""
@@ -218,6 +236,8 @@ class PagedCall:
             return "the model is spread over processes"
         if effective.token_healing:
             return "token_healing is asked for"
+        if assisted and getattr(effective, "assistant_ensemble_weight", None) is not None:
+            return "assistant_ensemble_weight lets the assistant change what is drawn"
         return "use_cache is False" if effective.use_cache is False else None
 
     def _loop(self, inputs: Any, effective: Any, reason: str) -> Any:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hf_paged.config import require
+from hf_paged.integrations.attention import CannotDrive
 from hf_paged.integrations.inspect import ModelFacts, PagedForward, model_facts, verify_forward
 from hf_paged.integrations.lean import LeanForward
+from hf_paged.integrations.validity import Validity
 from hf_paged.integrations.vocabularies import Pair, same_vocabulary, vocabularies
 from hf_paged.kernels.native_blocks import FewModel
 from hf_paged.speculation.config import SpeculationConfig
@@ -100,23 +103,62 @@ def _size(draft: nn.Module) -> int:
 
 
 def _draft_model(engine: ModelEngine, ref: weakref.ref[nn.Module]) -> DraftModel:
-    forward, store = _own_forward(engine, ref, model_facts(ref()))
-    return DraftModel(forward, store, store.num_pages, store.page_size, **_common_settings(engine))
+    own = _facts_of(ref())
+    forward, store = _own_forward(engine, ref, own)
+    settings = _common_settings(engine) | {"longest": _longest(own)}
+    return DraftModel(forward, store, store.num_pages, store.page_size, **settings)
 
 
 def _universal_draft(engine: ModelEngine, ref: weakref.ref[nn.Module], tokenizers: Pair) -> UniversalDraft:
-    own = model_facts(ref())
+    own = _facts_of(ref())
     forward, store = _own_forward(engine, ref, own)
     target, draft = vocabularies(tokenizers, (engine.facts.vocab_size, own.vocab_size))
-    longest = min(own.max_positions or 1 << 60, own.steady_length or 1 << 60)
-    return UniversalDraft(forward, store, target, draft, longest, **_common_settings(engine))
+    return UniversalDraft(forward, store, target, draft, longest=_longest(own), **_common_settings(engine))
 
 
-def _own_forward(engine: ModelEngine, ref: weakref.ref[nn.Module], own: ModelFacts) -> tuple[PagedForward, KVStore]:
+def _facts_of(draft: nn.Module) -> ModelFacts:
+    """Facts of a draft model that can be driven.
+
+    Raises:
+        CannotDrive: it cannot.
+    """
+    try:
+        own = model_facts(draft)
+        verify_forward(draft, own)
+    except CannotDrive as error:
+        raise CannotDrive(f"draft_model={type(draft).__name__} cannot draft: {error}") from error
+    return own
+
+
+def _longest(own: ModelFacts) -> int:
+    """Tokens that a draft model can take."""
+    return min(own.max_positions or 1 << 60, own.steady_length or 1 << 60)
+
+
+def _own_forward(engine: ModelEngine, ref: weakref.ref[nn.Module], own: ModelFacts) -> tuple[DraftForward, KVStore]:
     """A draft model's forward, over as many pages as the target has."""
-    verify_forward(ref(), own)
     store = KVStore(list(own.layers), engine.store.num_pages, engine.config.page_size, own.dtype, own.device)
-    return PagedForward(ref, store, engine.config.backend, pack=engine.config.pack_weights), store
+    return DraftForward(ref, store, engine.config.backend, pack=engine.config.pack_weights), store
+
+
+class DraftForward(PagedForward):
+    """A draft model's forward, which knows whether the model is what it was."""
+
+    def __init__(self, model: Callable[[], nn.Module], *args: Any, **settings: Any) -> None:
+        self.validity = Validity(model)
+        super().__init__(model, *args, **settings)
+
+    def altered(self) -> bool:
+        """Whether a bare look tells that the model is not what it was; not each change can be seen so."""
+        return self.validity.step()
+
+    def refresh(self, anew: bool = False, known: object | None = None) -> bool:
+        """Look at the model. Returns whether KV that was stored is void."""
+        changed = self.validity.begin()
+        changed = super().refresh(anew=anew or changed, known=self.validity.known) or changed
+        self.validity.stale = False
+        self.validity.rest()
+        return changed
 
 
 def _common_settings(engine: ModelEngine) -> dict[str, Any]:

@@ -133,19 +133,23 @@ class PagedForward:
         Returns:
             whether copies of weights tell of a change that nobody else may have seen.
         """
-        before, same = self.run, known is not None and known is self._known
-        if same and isinstance(before, LeanForward):
-            if before.good():
+        if known is not None and known is self._known and isinstance(self.run, LeanForward):
+            if self.run.good():
                 return False
-            self.refresh(anew=True)
+            self._build(anew=True)
             return True
         self._known = known
+        return not self._build(anew)
+
+    def _build(self, anew: bool) -> bool:
+        """Make what runs the model as it is now. Returns whether copies of weights that were kept are still good."""
+        before = self.run
         lean = LeanForward.build(self.model(), self.store, self.backend, self.pack)
         kept = lean.keep(before) if lean is not None and isinstance(before, LeanForward) and not anew else True
         if lean is None and self._compile and self.compiled is None:
             self.compiled = CompiledCall(len(self.store.layers))
         self.run = lean if lean is not None else ModuleForward(self.model, self.store, self.compiled)
-        return not kept
+        return kept
 
     def __call__(self, plan) -> torch.Tensor:
         return self.run(plan)

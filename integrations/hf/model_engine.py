@@ -126,8 +126,7 @@ class ModelEngine:
             self.forward.refresh(anew=True)
             self._mark_graphs()
             self.core.forget(self._identity() if self.core.second is not None else "")
-            for _, drafter in self._drafters.values():
-                drafter.forward.refresh()
+            self.core.drafting.look_again()
             self.validity.stale = False
 
     def stats(self) -> EngineStats:
@@ -191,8 +190,7 @@ class ModelEngine:
             if isinstance(key, weakref.ref) and key() is None:  # the draft model is gone
                 del self._drafters[key]
                 self.core.drafting.drop(drafter)
-            else:
-                drafter.look_again()
+        self.core.drafting.look_again()
 
     def _is_other_kind(self) -> bool:
         """Whether the model computes elsewhere or with other numbers than its KV here."""
