@@ -373,10 +373,24 @@ def test_equal_vocabularies_need_no_text(model, tokenizer):
     draft = copy.deepcopy(model)
     with engine_of(model, tokenizer, (draft, letters())) as engine:
         assert isinstance(engine.speculator.drafter, DraftModel)
-    wider = tiny_llama(vocab_size=99)  # the same tokenizer, with ids to spare
-    with engine_of(model, tokenizer, (wider, letters())) as engine:
-        assert isinstance(engine.speculator.drafter, UniversalDraft)
-        tokens(engine, *requests(temperature=0.0))
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("size", [90, 99])
+def test_one_vocabulary_of_two_sizes(model, tokenizer, size, kind):
+    """The draft model has ids to spare, or lacks some that no tokenizer gives, though a prompt may hold them."""
+    draft = copy.deepcopy(model)
+    draft.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        draft.lm_head.weight[97:] *= 100  # what only the draft model knows is likely to it
+    prompts, params = requests(vocab_size=90, **SAMPLING[kind])
+    prompts[2] = [95, *prompts[2]]
+    wanted = tokens(engine_of(model, tokenizer), prompts, params)
+    with engine_of(model, tokenizer, (draft, letters())) as engine:
+        assert isinstance(engine.speculator.drafter, DraftModel)
+        assert tokens(engine, prompts, params) == wanted
+        assert engine.speculation_stats().proposers["draft"].by_depth[0] > 0.5
+        assert not engine.speculator.drafter.failed
 
 
 def test_other_tokenizers_for_the_same_draft(model, tokenizer, cousin):

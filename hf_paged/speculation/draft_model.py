@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from math import inf
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from hf_paged.kernels.native_drafts import NativeDrafts
 from hf_paged.memory import PageCopy
@@ -34,6 +36,7 @@ class DraftModel(Drafter):
     Args:
         num_pages, page_size: of the target's pool.
         store: None: the target's own forward stores KV (layer skip).
+        sizes: ids that target and draft model take, where these differ: of a vocabulary that is padded.
         settings: see `Drafter`.
     """
 
@@ -43,9 +46,11 @@ class DraftModel(Drafter):
         store: KVStore | None,
         num_pages: int,
         page_size: int,
+        sizes: tuple[int, int] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(forward, store, page_size, **settings)
+        self.sizes = sizes
         self._trees: dict[Sequence, Tree] = {}  # of the latest step
         self._op: NativeDrafts | None = None
         self._odds, self._asked = np.zeros(KINDS, np.float32), 0
@@ -94,13 +99,27 @@ class DraftModel(Drafter):
     def _draft(
         self, rows: Rows[PlanRow], deepest: Rows[int], guide: Guide, reserve: Callable[[PlanRow, int], bool]
     ) -> list[Proposal | None]:
-        left = [self.longest - planned.sequence.computed for planned in rows]
-        trees = [Tree(planned, min(depth, room)) for planned, depth, room in zip(rows, deepest, left, strict=True)]
+        depths = [min(depth, self._deepest(planned)) for planned, depth in zip(rows, deepest, strict=True)]
+        trees = [Tree(planned, depth) for planned, depth in zip(rows, depths, strict=True)]
         self._trees = {tree.planned.sequence: tree for tree in trees}
         self._grow([tree for tree in trees if tree.deepest > 0], guide, reserve)
         for tree in trees:
             tree.pages = list(tree.planned.sequence.pages)
         return [self._proposal(tree) if tree.tokens else None for tree in trees]
+
+    def _deepest(self, planned: PlanRow) -> int:
+        """Drafts one behind another that its model can make of a row."""
+        sequence = planned.sequence
+        if self.sizes is not None and max(sequence.tokens[self.known(planned) :]) >= self.sizes[1]:
+            return 0
+        return self.longest - sequence.computed
+
+    def _run(self, rows: list[PlanRow]) -> torch.Tensor:
+        logits = super()._run(rows)
+        if self.sizes is None:
+            return logits
+        target, own = self.sizes
+        return logits[:, :target] if own > target else pad(logits, (0, target - own), value=-inf)
 
     def _give_up(self, rows: Rows[PlanRow]) -> None:
         super()._give_up(rows)
@@ -118,7 +137,9 @@ class DraftModel(Drafter):
         known = [self.known(tree.planned) for tree in trees]
         self.lag = lag = sum(tree.planned.sequence.computed + 1 - at for tree, at in zip(trees, known, strict=True))
         with self._timed(guide):
-            few = FewDrafts.begin(self.forward, trees, self.page_size, self.most, self._op)
+            # (What is compiled knows one vocabulary.)
+            given = self.forward, trees, self.page_size, self.most, self._op
+            few = FewDrafts.begin(*given) if self.sizes is None else None
             self._op = few.op if few is not None else None
         alone = len(trees) == 1 and guide.ledger is not None and not guide.threshold
         if few is not None and alone and lag <= few.most and reserve(trees[0].planned, deepest - 1):

@@ -130,7 +130,7 @@ class Visits:
         model, steps, known = None, MOST, {}
         if spec.has_drafter:
             model = spec.drafter if type(spec.drafter) is DraftModel and spec.drafter.store is not None else None
-            if model is None or not model.ready():
+            if model is None or model.sizes is not None or not model.ready():
                 return None
             few = getattr(model.forward, "few_model", int)()
             if not few or min(few.slots, model.longest) < max(len(planned.row.tokens) for planned in work) + FAR:

@@ -80,8 +80,9 @@ def make_drafter(
     if drafter is not None and made_for == tokenizers:
         return drafter
     check_draft(draft_model, engine)
-    if not _translates(engine, draft_model, tokenizers):
-        check_vocabulary(draft_model, engine)
+    if tokenizers is None or same_vocabulary(tokenizers):
+        if tokenizers is None:
+            check_vocabulary(draft_model, engine)
         made = drafter if isinstance(drafter, DraftModel) else _draft_model(engine, key)
     else:
         made = _universal_draft(engine, key, tokenizers)
@@ -91,13 +92,6 @@ def make_drafter(
     return made
 
 
-def _translates(engine: ModelEngine, draft: nn.Module, tokenizers: Pair | None) -> bool:
-    """Whether what `draft` says must be put into the target's tokens: where the same ids are not the same to both."""
-    if tokenizers is None:
-        return False
-    return _size(draft) != engine.facts.vocab_size or not same_vocabulary(tokenizers)
-
-
 def _size(draft: nn.Module) -> int:
     return draft.get_input_embeddings().weight.shape[0]
 
@@ -105,7 +99,9 @@ def _size(draft: nn.Module) -> int:
 def _draft_model(engine: ModelEngine, ref: weakref.ref[nn.Module]) -> DraftModel:
     own = _facts_of(ref())
     forward, store = _own_forward(engine, ref, own)
-    settings = _common_settings(engine) | {"longest": _longest(own)}
+    # One vocabulary may be padded to two sizes: no token has an id that only one of them takes.
+    sizes = (engine.facts.vocab_size, own.vocab_size) if own.vocab_size != engine.facts.vocab_size else None
+    settings = _common_settings(engine) | {"longest": _longest(own), "sizes": sizes}
     return DraftModel(forward, store, store.num_pages, store.page_size, **settings)
 
 
