@@ -141,6 +141,26 @@ def test_costs_follow_the_pace_of_the_machine():
     assert [table.seconds(size) for size in (1, 4, 8)] == pytest.approx([1.0, 1.1, 1.5], rel=0.06)
 
 
+def test_costs_over_some_time():
+    """What forwards took in all is what they cost at the mean pace, whatever the machine does in the end."""
+    rng, table = np.random.default_rng(0), CostTable()
+    true = {1: 1.0, 4: 1.1, 8: 1.5}
+
+    def note(size: int, pace: float) -> float:
+        table.note(size, true[size] * pace)
+        return true[size] * pace
+
+    for size in (*true, *true) * 10:
+        note(size, 1.0)
+    passed = table.passed
+    assert table.pace_since(passed) == table.pace
+    sizes = rng.choice(list(true), 900).tolist()
+    spent = sum(note(size, 1.0 if at % 300 < 200 else 2.0) for at, size in enumerate(sizes))
+    pace = table.pace_since(passed)
+    assert sum(table.seconds(size, pace) for size in sizes) == pytest.approx(spent, rel=0.02)
+    assert dict(table.points(pace))[4] == pytest.approx(1.1 * 4 / 3, rel=0.05) and table.seconds(4) > 2
+
+
 @pytest.mark.parametrize("sizes", [(1,), (1, 1, 2, 4)])
 def test_costs_of_sizes_that_are_not_seen_stay(sizes):
     """Thousands of forwards whose seconds stray to one side only, as those of a busy machine do, move no other size."""

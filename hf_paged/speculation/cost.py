@@ -39,10 +39,11 @@ class CostTable:
 
     Attributes:
         pace: by which forwards take longer at present than they usually do.
+        passed: seconds of all forwards that were measured, and what they would have taken at the usual pace.
     """
 
     def __init__(self, prompts: deque[float] | None = None) -> None:
-        self.pace = 1.0
+        self.pace, self.passed = 1.0, (0.0, 0.0)
         self._seen: dict[int, Size] = {}
         self._sizes: list[int] = []
         self._seconds: list[float] = []
@@ -70,6 +71,7 @@ class CostTable:
             self.pace *= exp(FOLLOW * missed)
             size.seconds *= exp(missed / (2 * min(size.count, SETTLED)))
         size.count += 1
+        self.passed = self.passed[0] + seconds, self.passed[1] + size.seconds
         self._notes += 1
         if size.count <= 2 * KNOWN or self._notes % OFTEN == 0:
             self._settle()
@@ -99,13 +101,19 @@ class CostTable:
         """Whether forwards over so few tokens have been measured, or over fewer: what more would cost is known."""
         return any(size.count >= KNOWN and size.tokens <= tokens for size in self._seen.values())
 
-    def seconds(self, tokens: float) -> float:
-        """What a forward over `tokens` tokens should take now.
+    def pace_since(self, passed: tuple[float, float]) -> float:
+        """The mean pace since `passed` was what it says; the present one where nothing was measured since."""
+        taken, usual = (now - before for now, before in zip(self.passed, passed, strict=True))
+        return taken / usual if usual > 0 else self.pace
+
+    def seconds(self, tokens: float, pace: float | None = None) -> float:
+        """What a forward over `tokens` tokens should take now, or at a given pace.
 
         Beyond what was measured a token more costs what one of a prompt does; where none was read, a twentieth of what
         one did up to there: what is not known is tried.
         """
-        return self._at(tokens) * self.pace if self._sizes and tokens > 0 else 0.0
+        pace = self.pace if pace is None else pace
+        return self._at(tokens) * pace if self._sizes and tokens > 0 else 0.0
 
     def _at(self, tokens: float) -> float:
         sizes, seconds = self._sizes, self._seconds
@@ -125,9 +133,10 @@ class CostTable:
         """The least size that was measured; 0: none was."""
         return self._sizes[0] if self._sizes else 0
 
-    def points(self) -> list[tuple[float, float]]:
-        """Sizes and seconds, for show."""
-        return [(size, seconds * self.pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
+    def points(self, pace: float | None = None) -> list[tuple[float, float]]:
+        """Sizes and seconds, for show: now, or at a given pace."""
+        pace = self.pace if pace is None else pace
+        return [(size, seconds * pace) for size, seconds in zip(self._sizes, self._seconds, strict=True)]
 
 
 class StepCosts:

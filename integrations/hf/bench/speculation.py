@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_paged.integrations.bench.ceiling import Ceiling, Source, ceiling
+from hf_paged.integrations.bench.ceiling import Ceiling, Seconds, Source, ceiling
 from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.models import Loaded
 from hf_paged.integrations.bench.speculation_peers import summary_row, transformers_rows, vllm_rows
 from hf_paged.integrations.bench.throughput import Progress, without_end_token
 from hf_paged.integrations.bench.workload import Workload
+from hf_paged.speculation.cost import CostTable
 
 PLAIN = "off"
 WITH_DRAFT = ("draft", "auto")
@@ -38,6 +39,20 @@ class Variant:
     seconds: list[float] = field(default_factory=list)
     prompt_seconds: float = 0.0
     equal: bool = True
+    before: dict[CostTable, tuple[float, float]] = field(default_factory=dict)
+
+    def begin(self, batch: int) -> None:
+        """What is measured from here on counts."""
+        self.engine.reset_stats()
+        drafting = self.engine.core.drafting
+        tables = [drafting.cost.of(batch), *(drafter.cost for drafter in drafting.drafters)]
+        self.before = {table: table.passed for table in tables}
+
+    def _costs(self, table: CostTable) -> tuple[Seconds, list[tuple[float, float]]]:
+        """Seconds of a forward by how many tokens it computes, and what was measured. At the mean pace of the runs: the
+        machine's present one would be that of a moment."""
+        pace = table.pace_since(self.before[table])
+        return lambda tokens: table.seconds(tokens, pace), table.points(pace)
 
     def plain(self) -> Plain:
         """Itself, as what drafting is held against."""
@@ -92,12 +107,10 @@ class Variant:
 
         The prompts take as long as without drafts, and each gives its row's first token.
         """
-        cost, sources = self.engine.core.drafting.cost.of(batch), self.sources(len(load))
-        largest = cost.points()[-1][0]
+        (target, cost), sources = self._costs(self.engine.core.drafting.cost.of(batch)), self.sources(len(load))
+        largest = cost[-1][0]
         sizes = [min(batch, len(load) - first) for first in range(0, len(load), batch)]
-        best = {
-            size: ceiling(size, list(sources.values()), cost.seconds, largest, plain.overhead) for size in set(sizes)
-        }
+        best = {size: ceiling(size, list(sources.values()), target, largest, plain.overhead) for size in set(sizes)}
         seconds = plain.prompt_seconds
         for number, size in enumerate(sizes):
             made = sum(load.lengths[number * batch : number * batch + size]) - size
@@ -107,8 +120,8 @@ class Variant:
             "best_tokens_per_second": load.tokens / seconds,
             "of_best": rate * seconds / load.tokens,
             "best_trees": _trees(sources, best[sizes[0]]),
-            "cost": cost.points(),
-            "draft_cost": drafter.cost.points() if drafter is not None else [],
+            "cost": cost,
+            "draft_cost": self._costs(drafter.cost)[1] if drafter is not None else [],
         }
 
     def sources(self, requests: int) -> dict[str, Source]:
@@ -123,7 +136,8 @@ class Variant:
         }
         if drafter is not None and drafter.name in stats.proposers:
             rest = max(1.0 - sum(source.share for source in made.values()), 0.0)
-            made[drafter.name] = Source(stats.proposers[drafter.name].by_rank, rest, drafter.cost.seconds)
+            draft, _ = self._costs(drafter.cost)
+            made[drafter.name] = Source(stats.proposers[drafter.name].by_rank, rest, draft)
         return made
 
 
@@ -243,7 +257,7 @@ def _take_turns(
             for _ in range(repeats):
                 variant.run(prompts, batch, warm)
             variant.prompt_seconds, variant.seconds = statistics.median(variant.seconds), []
-        variant.engine.reset_stats()
+        variant.begin(batch)
         progress.done()
     for _ in range(repeats):
         for variant in variants:
