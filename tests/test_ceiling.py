@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_paged import SamplingParams
 from hf_paged.integrations.bench.ceiling import Ceiling, Source, Tree, ceiling
+from hf_paged.integrations.bench.models import Loaded
+from hf_paged.integrations.bench.possible import lookup_sources
+from hf_paged.integrations.bench.workload import Workload
 
 
 def test_free_drafts_are_taken_to_the_end():
@@ -81,3 +86,22 @@ def test_no_tree_of_one_width_is_faster(first, second, batch, share, slope, pric
         made = batch * (1 + share * taken + (1 - share) * gain)
         tokens = batch * (1 + share * nodes + (1 - share) * more)
         assert made / (target(tokens) + depth * price + 0.1) <= best * (1 + 1e-9)
+
+
+def test_several_who_draft_for_nothing_share_what_a_step_can_take():
+    """Of all their drafts those come first that are taken most often, whoever made them."""
+    sources = [Source(((0.9,), (0.5,)), share=0.5), Source(((0.6,), (0.9,), (0.1,)), share=0.25)]
+    best = ceiling(1, sources, lambda tokens: 1.0 if tokens <= 2 else 9.0, 100, 0.0)
+    assert best == Ceiling(
+        pytest.approx(1 + 0.5 * 0.9 + 0.25 * (0.6 + 0.54)), (Tree(1, 1, 0.9), Tree(2, 2, pytest.approx(1.14)))
+    )
+
+
+def test_what_lookup_could_give_is_measured_behind_every_match():
+    """An adaptive engine drafts deep where it is sure; here odds of deep drafts are those of all matches alike."""
+    model = tiny_llama(vocab_size=5)
+    load = Workload([[2, 3, 4] * 5, [4, 2, 2, 3] * 3], (120, 90))
+    params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in load.lengths]
+    found = lookup_sources(Loaded("tiny", model, None), load, params, {"page_size": 4})
+    assert 0 < sum(source.share for source in found) <= 1
+    assert max(len(source.odds) for source in found) == 16 and all(0 <= odds[0] <= 1 for s in found for odds in s.odds)

@@ -26,15 +26,19 @@ class Source:
     share: float = 1.0
     draft: Seconds | None = None
 
+    def cells(self) -> Iterator[tuple[float, int]]:
+        """How often each draft would be taken, and its depth."""
+        reach = 1.0
+        for depth, odds in enumerate(self.odds, 1):
+            yield from ((reach * one, depth) for one in odds)
+            reach *= sum(odds)
+
     def trees(self, most: int) -> Iterator[Tree]:
         """For every depth and number of drafts up to `most` the tree that is taken furthest; first of all, none."""
         yield Tree(0, 0, 0.0)
-        cells: list[tuple[float, int]] = []
-        reach = 1.0
-        for depth, odds in enumerate(self.odds, 1):
-            cells += [(reach * one, depth) for one in odds]
-            reach *= sum(odds)
-            best = sorted((cell[0] for cell in cells), reverse=True)
+        cells = list(self.cells())
+        for depth in range(1, len(self.odds) + 1):
+            best = sorted((reach for reach, at in cells if at <= depth), reverse=True)
             for nodes in range(depth, min(len(best), most) + 1):
                 yield Tree(depth, nodes, sum(best[:nodes]))
 
@@ -74,17 +78,33 @@ def ceiling(batch: int, sources: Sequence[Source], target: Seconds, largest: flo
     Returns:
         the ceiling; without drafts where nothing is gained by them.
     """
+    paid = [at for at, source in enumerate(sources) if source.draft is not None]
+    free = _surest_first(sources)
     best = Ceiling(0.0, ())
-    for trees in product(*(list(source.trees(MOST_NODES)) for source in sources)):
-        chosen = list(zip(sources, trees, strict=True))
-        tokens = batch * (1 + sum(source.share * tree.nodes for source, tree in chosen))
-        if tokens > max(largest, batch):
-            continue
-        drafting = sum(
-            tree.depth * source.draft(batch * source.share) for source, tree in chosen if source.draft is not None
-        )
-        made = batch * (1 + sum(source.share * tree.taken for source, tree in chosen))
-        rate = made / (target(tokens) + drafting + overhead)
-        if rate > best.tokens_per_second:
-            best = Ceiling(rate, trees)
+    for bought in product(*(list(sources[at].trees(MOST_NODES)) for at in paid)):
+        trees = [Tree(0, 0, 0.0)] * len(sources)
+        for at, tree in zip(paid, bought, strict=True):
+            trees[at] = tree
+        shares = [(sources[at].share, tree) for at, tree in zip(paid, bought, strict=True)]
+        nodes, taken = (sum(share * getattr(tree, name) for share, tree in shares) for name in ("nodes", "taken"))
+        drafting = sum(sources[at].draft(batch * sources[at].share) * trees[at].depth for at in paid)
+        for reach, depth, at in [(0.0, 0, None), *free]:
+            if at is not None:
+                before = trees[at]
+                trees[at] = Tree(max(before.depth, depth), before.nodes + 1, before.taken + reach)
+                nodes, taken = nodes + sources[at].share, taken + sources[at].share * reach
+            tokens = batch * (1 + nodes)
+            if tokens > max(largest, batch):
+                break
+            rate = batch * (1 + taken) / (target(tokens) + drafting + overhead)
+            if rate > best.tokens_per_second:
+                best = Ceiling(rate, tuple(trees))
     return best
+
+
+def _surest_first(sources: Sequence[Source]) -> list[tuple[float, int, int]]:
+    """Drafts that cost nothing to make, as their reach, depth and source: whatever a step can take, it takes these."""
+    cells = [
+        (reach, depth, at) for at, source in enumerate(sources) if not source.draft for reach, depth in source.cells()
+    ]
+    return sorted(cells, key=lambda cell: (-cell[0], cell[1]))

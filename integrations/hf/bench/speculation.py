@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_paged.integrations.bench.ceiling import Ceiling, Seconds, Source, ceiling
+from hf_paged.integrations.bench.ceiling import Source
 from hf_paged.integrations.bench.machine import machine
 from hf_paged.integrations.bench.models import Loaded
+from hf_paged.integrations.bench.possible import Possible, lookup_sources
 from hf_paged.integrations.bench.speculation_peers import summary_row, transformers_rows, vllm_rows
 from hf_paged.integrations.bench.throughput import Progress, without_end_token
 from hf_paged.integrations.bench.workload import Workload
-from hf_paged.speculation.cost import CostTable
+from hf_paged.params import SamplingParams
 
 PLAIN = "off"
 WITH_DRAFT = ("draft", "auto")
@@ -29,6 +30,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    def params(self, load: Workload, i: int) -> SamplingParams:
+        """Those of request `i`."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed + i}
+        return SamplingParams(**drawn, max_tokens=load.lengths[i], ignore_eos=True)
+
 
 @dataclass(eq=False)
 class Variant:
@@ -39,20 +45,7 @@ class Variant:
     seconds: list[float] = field(default_factory=list)
     prompt_seconds: float = 0.0
     equal: bool = True
-    before: dict[CostTable, tuple[float, float]] = field(default_factory=dict)
-
-    def begin(self, batch: int) -> None:
-        """What is measured from here on counts."""
-        self.engine.reset_stats()
-        drafting = self.engine.core.drafting
-        tables = [drafting.cost.of(batch), *(drafter.cost for drafter in drafting.drafters)]
-        self.before = {table: table.passed for table in tables}
-
-    def _costs(self, table: CostTable) -> tuple[Seconds, list[tuple[float, float]]]:
-        """Seconds of a forward by how many tokens it computes, and what was measured. At the mean pace of the runs: the
-        machine's present one would be that of a moment."""
-        pace = table.pace_since(self.before[table])
-        return lambda tokens: table.seconds(tokens, pace), table.points(pace)
+    possible: Possible | None = None
 
     def plain(self) -> Plain:
         """Itself, as what drafting is held against."""
@@ -62,22 +55,11 @@ class Variant:
 
     def run(self, load: Workload, batch: int, sampling: Sampling) -> list[list[int]]:
         """Answer all requests, `batch` at a time."""
-        from hf_paged import SamplingParams
-
         tokens = []
         begun = time.perf_counter()
         for first in range(0, len(load), batch):
             rows = range(first, min(first + batch, len(load)))
-            params = [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=sampling.seed + i,
-                    max_tokens=load.lengths[i],
-                    ignore_eos=True,
-                )
-                for i in rows
-            ]
+            params = [sampling.params(load, i) for i in rows]
             outputs = self.engine.generate([list(load.prompts[i]) for i in rows], params, raise_errors=True)
             tokens += [list(output.outputs[0].token_ids) for output in outputs]
         self.seconds.append(time.perf_counter() - begun)
@@ -98,54 +80,10 @@ class Variant:
             # The rest is bookkeeping: a perfect one would take no time.
             "in_forwards": (steps.forward_seconds + stats.draft_seconds) / max(steps.step_seconds, 1e-9),
         }
-        if stats.proposers and self.engine.core.drafting.cost.of(batch):
-            row |= self._allowed(load, batch, plain, row["tokens_per_second"])
+        if stats.proposers and self.possible.target:
+            given = plain.prompt_seconds, plain.overhead, row["tokens_per_second"]
+            row |= self.possible.row(load, len(self.seconds), *given)
         return row
-
-    def _allowed(self, load: Workload, batch: int, plain: Plain, rate: float) -> dict[str, Any]:
-        """What the measured acceptance and costs allow, and how much of it there was: see `ceiling`.
-
-        The prompts take as long as without drafts, and each gives its row's first token.
-        """
-        (target, cost), sources = self._costs(self.engine.core.drafting.cost.of(batch)), self.sources(len(load))
-        largest = cost[-1][0]
-        sizes = [min(batch, len(load) - first) for first in range(0, len(load), batch)]
-        best = {size: ceiling(size, list(sources.values()), target, largest, plain.overhead) for size in set(sizes)}
-        seconds = plain.prompt_seconds
-        for number, size in enumerate(sizes):
-            made = sum(load.lengths[number * batch : number * batch + size]) - size
-            seconds += made / best[size].tokens_per_second
-        drafter = self.engine.speculator.drafter
-        return {
-            "best_tokens_per_second": load.tokens / seconds,
-            "of_best": rate * seconds / load.tokens,
-            "best_trees": _trees(sources, best[sizes[0]]),
-            "cost": cost,
-            "draft_cost": self._costs(drafter.cost)[1] if drafter is not None else [],
-        }
-
-    def sources(self, requests: int) -> dict[str, Source]:
-        """Who drafted, as measured: texts for the share of rows for which they did, a draft model for all others."""
-        stats, drafter = self.engine.speculation_stats(), self.engine.speculator.drafter
-        # Of each row's steps the first one reads its prompt.
-        steps = max(self.engine.stats().generated_tokens - stats.accepted - requests * len(self.seconds), 1)
-        made = {
-            name: Source(one.by_rank, min(one.proposals / steps, 1.0))
-            for name, one in stats.proposers.items()
-            if drafter is None or name != drafter.name
-        }
-        if drafter is not None and drafter.name in stats.proposers:
-            rest = max(1.0 - sum(source.share for source in made.values()), 0.0)
-            draft, _ = self._costs(drafter.cost)
-            made[drafter.name] = Source(stats.proposers[drafter.name].by_rank, rest, draft)
-        return made
-
-
-def _trees(sources: dict[str, Source], best: Ceiling) -> dict[str, dict[str, float]]:
-    return {
-        name: vars(tree) | {"share": source.share}
-        for (name, source), tree in zip(sources.items(), best.trees, strict=True)
-    }
 
 
 @dataclass(frozen=True)
@@ -202,10 +140,14 @@ def run_speculation(
     skipped: dict[str, str] = {}
     with without_end_token(loaded.model):
         progress.plan(len(batches) * (len(methods) + 1) * (repeats + 1))
+        texts = {}
+        if "lookup" in methods:
+            params = [sampling.params(load, i) for i in range(len(load))]
+            texts["lookup"] = lookup_sources(loaded, load, params, settings or {})
         for batch in batches:
             variants = make_variants(loaded, draft, methods, settings or {})
             try:
-                wanted = _take_turns(variants, load, batch, repeats, sampling, wanted, progress)
+                wanted = _take_turns(variants, load, batch, repeats, sampling, wanted, texts, progress)
                 plain = variants[0].plain()
                 rows += [variant.row(load, batch, plain) for variant in variants]
             finally:
@@ -240,6 +182,7 @@ def _take_turns(
     repeats: int,
     sampling: Sampling,
     wanted: list[list[int]] | None,
+    texts: dict[str, list[Source]],
     progress: Progress,
 ) -> list[list[int]]:
     """Warm all up, then time them in turns and hold their tokens against `wanted`.
@@ -257,7 +200,8 @@ def _take_turns(
             for _ in range(repeats):
                 variant.run(prompts, batch, warm)
             variant.prompt_seconds, variant.seconds = statistics.median(variant.seconds), []
-        variant.begin(batch)
+        variant.engine.reset_stats()
+        variant.possible = Possible(variant.engine, batch, texts.get(variant.name))
         progress.done()
     for _ in range(repeats):
         for variant in variants:
