@@ -66,9 +66,9 @@ class Proposers:
             for drafter in self.drafters:
                 drafter.copied(copies)
 
-    def look_again(self) -> None:
+    def look_again(self, closely: bool = False) -> None:
         """Draft models may have changed: of one that did, what its drafts are worth is not known."""
-        changed = [drafter for drafter in self.drafters if drafter.look_again()]
+        changed = [drafter for drafter in self.drafters if drafter.look_again(closely)]
         for (_, drafter), speculator in self.speculators.items():
             if drafter in changed:
                 speculator.begin_anew()

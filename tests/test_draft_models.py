@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 import hf_paged
 from hf_paged import Engine, SamplingParams, SpeculationConfig
+from hf_paged.speculation.drafter import CLOSELY
 
 PROMPTS = [prompt[0].tolist() for prompt in prompts_of(9, 21, 14, vocab_size=23)]
 ALWAYS = SpeculationConfig(method="draft", adaptive=False, max_draft_tokens=4, tree_width=1)
@@ -56,6 +57,20 @@ def test_a_draft_model_that_changes_in_place_keeps_nothing_of_what_it_was(change
         change(draft, model)
         found, proposed, accepted = drafted(engine)  # prompts are cached: of the draft model, too, were it the same
         assert found == wanted and proposed == accepted > 0
+
+
+def test_a_draft_model_is_looked_at_closely_now_and_then(monkeypatch):
+    model = tiny_llama(vocab_size=23)
+    with engine_of(model, tiny_llama(vocab_size=23, seed=5)) as engine:
+        tokens(engine, 3)
+        looks, forward = [], engine.speculator.drafter.forward
+        monkeypatch.setattr(forward, "refresh", lambda: looks.append(1))
+        for _ in range(2 * CLOSELY):
+            tokens(engine, 3, [[5, 6, 7]])
+        assert len(looks) == 2
+        engine.forget()
+        tokens(engine, 3)
+        assert len(looks) == 3
 
 
 def test_what_drafts_of_another_model_are_worth_is_found_out_anew():

@@ -19,6 +19,7 @@ from hf_paged.speculation.proposal import Proposal, Verdict
 from hf_paged.store import KVStore
 
 logger = logging.getLogger("hf_paged")
+CLOSELY = 16  # calls between two close looks at a model that seems to be what it was
 KINDS, RANKS = 12, 3  # a draft's probability, in so many steps; and whether it is the likeliest, the second, another
 
 
@@ -68,6 +69,7 @@ class Drafter:
         self.device, self.backend, self.most, self.longest = device, backend, most, longest
         self.cost, self.seconds, self.failed, self.lag = CostTable(), 0.0, False, 0
         self.measured: Callable[[float], float] = float
+        self._calls = 0  # of `look_again`
         self._stale = False  # whether its model may have changed since it was looked at
         self._changed = False  # whether a look has found that it did, which nobody was told yet
 
@@ -116,14 +118,18 @@ class Drafter:
 
     # -- what the engine tells
 
-    def look_again(self) -> bool:
-        """Its model may have changed: it is looked at closely before it drafts, and barely here.
+    def look_again(self, closely: bool = False) -> bool:
+        """Its model may have changed. Where that can be told barely, it is looked at closely if it did, and now and
+        then: tokens are right whatever its drafts are.
 
         Returns:
             whether it is known to be another one than at the latest call.
         """
-        self._stale = True
-        if self.failed or getattr(self.forward, "altered", bool)():
+        altered = getattr(self.forward, "altered", None)
+        found = altered is not None and altered()
+        self._calls += 1
+        self._stale |= closely or found or altered is None or self.failed or self._calls % CLOSELY == 0
+        if found or self.failed:
             self.ready()
         changed, self._changed = self._changed, False
         return changed

@@ -126,7 +126,7 @@ class ModelEngine:
             self.forward.refresh(anew=True)
             self._mark_graphs()
             self.core.forget(self._identity() if self.core.second is not None else "")
-            self.core.drafting.look_again()
+            self.core.drafting.look_again(closely=True)
             self.validity.stale = False
 
     def stats(self) -> EngineStats:
