@@ -173,3 +173,26 @@ def test_without_the_checkout_the_user_is_told_to_name_a_model(monkeypatch):
     result = run("generate", "x")
     assert result.exit_code == 2 and "--model" in result.stderr
     assert json.loads(run("info", "--json").stdout)["memory_plan"] is None
+
+
+def test_pictures_that_could_not_be_written_are_refused_at_once(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps({"hash_ids": [1, 2, n]}) + "\n" for n in range(30)))
+    pytest.importorskip("matplotlib")
+    for plot, words in ((tmp_path / "none" / "a.png", "--plot"), (tmp_path / "a.docx", "no kind of picture")):
+        result = runner.invoke(app, ["bench", "prefix", "--trace", str(trace), "--plot", str(plot)])
+        assert result.exit_code == 2 and words in result.output
+
+
+def test_a_trace_is_read_as_far_as_is_said(tmp_path):
+    trace, told = tmp_path / "trace.jsonl", []
+    trace.write_text("".join(json.dumps({"hash_ids": [1, 2, n + 3]}) + "\n" for n in range(30)))
+    for more in ([], ["-n", "10"]):
+        out = tmp_path / "out.json"
+        result = runner.invoke(app, ["bench", "prefix", "--trace", str(trace), "--json", str(out), *more])
+        assert result.exit_code == 0, result.output
+        told.append(json.loads(out.read_text())["trace"]["distinct"])
+    assert told == [32, 12]
+    trace.write_text('{"hash_ids": [1]}\n{"hash_ids": \n')
+    result = runner.invoke(app, ["bench", "prefix", "--trace", str(trace)])
+    assert result.exit_code == 2 and "line 2 is not JSON" in " ".join(result.output.split())

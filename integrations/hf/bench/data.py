@@ -40,15 +40,18 @@ def rows_of(path: str | Path) -> Iterator[dict[str, Any]]:
             yield from readers[suffix](lines)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: a line is not JSON: {error}") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def _json_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise BadInput(f"line {number} is not a JSON object: {line.strip()[:60]}")
         yield row

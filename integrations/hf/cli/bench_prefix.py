@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from hf_paged.integrations.cli import options as opt
-from hf_paged.integrations.cli.bench import Requests, load_model, write_report
-from hf_paged.integrations.cli.console import Bar, check_writable, command
+from hf_paged.integrations.cli.bench import load_model, write_report
+from hf_paged.integrations.cli.console import Bar, check_outputs, command
 
 SHOT = "Question: {question}\nAnswer: {answer}\n\n"
 
@@ -19,7 +19,9 @@ def prefix(
     dataset: opt.Dataset = None,
     field: opt.Field = "question",
     template: opt.Template = None,
-    requests: Requests = 64,
+    requests: Annotated[
+        int | None, typer.Option("--requests", "-n", min=1, help="How many prompts: 64; without a model all.")
+    ] = None,
     shots: Annotated[str | None, typer.Option(help="File whose first rows are the header.")] = None,
     shot_template: Annotated[str, typer.Option(help="Text of a row of the header; names fields in braces.")] = SHOT,
     num_shots: Annotated[int, typer.Option(min=1, help="Rows in the header.")] = 8,
@@ -54,8 +56,11 @@ def prefix(
         raise BadInput("--plot needs --trace: a trace whose hit rates it shows")
     if not 0 < pool <= 1:
         raise BadInput(f"--pool {pool}: a share over 0 and up to 1")
-    check_writable(json_out)
-    report = _without_model(options) if trace or sessions else _with_model(options)
+    check_outputs(json_out, plot)
+    without = trace or sessions
+    if requests is None and not without:
+        options["requests"] = 64
+    report = _without_model(options) if without else _with_model(options)
     if json_out != "-":
         show_prefix(report)
     write_report(report, json_out)
@@ -119,7 +124,7 @@ def _without_model(options: dict[str, Any]) -> dict[str, Any]:
     with Bar() as bar:
         if options["trace"]:
             bar.note("the trace as a list")
-            blocks = read_column(options["trace"], "hash_ids")
+            blocks = read_column(options["trace"], "hash_ids", options["requests"])
             report["trace_list"] = run_queue(blocks, page_size=1, pool=options["pool"])
             bar.note("the trace in order of arrival")
             report["trace"] = run_trace(blocks)
@@ -145,5 +150,5 @@ def _session_prompts(options: dict[str, Any]) -> list[list[int]]:
     quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(check_model_name(options["model"]))
     limit = min(tokenizer.model_max_length, 1 << 20)
-    texts = read_prompts(options["sessions"], options["sessions_field"])
+    texts = read_prompts(options["sessions"], options["sessions_field"], count=options["requests"])
     return [tokenizer(text)["input_ids"][:limit] for text in texts]

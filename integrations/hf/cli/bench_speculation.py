@@ -8,7 +8,7 @@ import typer
 
 from hf_paged.integrations.cli import options as opt
 from hf_paged.integrations.cli.bench import Requests, load_model, prepare, write_report
-from hf_paged.integrations.cli.console import Bar, check_writable, command, settings_of
+from hf_paged.integrations.cli.console import Bar, check_outputs, command, settings_of
 
 
 @command
@@ -62,7 +62,7 @@ def speculation(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise BadInput(f"--batches {batches}: numbers of at least 1, with commas")
-    check_writable(plot)
+    check_outputs(json_out, plot)
     loaded = load_model(model, dtype, device, threads, (), vllm_python, json_out)
     drafting: Any = None
     if {"draft", "auto"} & set(names):

@@ -80,15 +80,34 @@ def print_json(value: Any, path: str = "-") -> None:
         raise BadInput(f"--json {path}: cannot be written: {error}") from error
 
 
-def check_writable(path: str | None) -> None:
-    """Refuse a report's path before the long work rather than after it."""
+def check_outputs(json_out: str | None, plot: str | None) -> None:
+    """Refuse what could not be written after hours of work: a report, a picture."""
+    from hf_paged.integrations.bench.data import BadInput
+
+    check_writable(json_out)
+    if plot is None:
+        return
+    check_writable(plot, "--plot")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BadInput(f"--plot needs matplotlib ({error}): pip install 'hf-paged[plot]'") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if os.path.splitext(plot)[1][1:].lower() not in ("", *kinds):
+        raise BadInput(
+            f"--plot {plot}: no kind of picture that is written here; give one of {', '.join(sorted(kinds))}"
+        )
+
+
+def check_writable(path: str | None, option: str = "--json") -> None:
+    """Refuse a path before the long work rather than after it."""
     from hf_paged.integrations.bench.data import BadInput
 
     if path is None or path == "-":
         return
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise BadInput(f"--json {path}: cannot be written there")
+        raise BadInput(f"{option} {path}: cannot be written there")
 
 
 ENGINE_SETTINGS = (

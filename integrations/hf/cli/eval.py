@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_paged.integrations.cli import options as opt
-from hf_paged.integrations.cli.console import command, complain, print_json, quiet_transformers, settings_of
+from hf_paged.integrations.cli.console import (
+    check_outputs,
+    command,
+    complain,
+    print_json,
+    quiet_transformers,
+    settings_of,
+)
 from hf_paged.integrations.cli.generate import (
     IgnoreEos,
     MaxTokens,
@@ -153,20 +160,6 @@ def speaks() -> bool:
     from accelerate import PartialState
 
     return PartialState().is_main_process
-
-
-def check_outputs(json_out: str | None, plot: str | None) -> None:
-    """Refuse what could not be written after hours of work."""
-    from hf_paged.integrations.bench.data import BadInput
-    from hf_paged.integrations.cli.console import check_writable
-
-    check_writable(json_out)
-    if plot is not None:
-        from importlib.util import find_spec
-
-        check_writable(plot)
-        if find_spec("matplotlib") is None:
-            raise BadInput("--plot needs matplotlib: pip install 'hf-paged[plot]'")
 
 
 def interrupted(stopped: KeyboardInterrupt, json_out: str | None, plot: str | None) -> None:
