@@ -60,15 +60,20 @@ def draw(drawings: Sequence[Drawing], logits: torch.Tensor, take: Take) -> None:
         logits: `[n, vocab]`, see `Drawing.line`.
         take: told of every token that is certain, in order.
     """
-    lines = [drawing.line for drawing in drawings]
-    rows: list[SamplingRow] = [drawing.row.sampling for drawing in drawings]
+    lines: list[int] = []  # in the order of logits: where all of them are drawn from, nothing is copied
+    rows: list[SamplingRow] = []
+    first: list[int] = []
     for drawing in drawings:
+        first.append(len(lines))
+        lines.append(drawing.line)
+        rows.append(drawing.row.sampling)
         if drawing.proposal is not None and _cheap(drawing.row.sampling):
             drawing.places = list(range(len(lines), len(lines) + len(drawing.proposal)))
             lines += range(drawing.line + 1, drawing.line + 1 + len(drawing.proposal))
             rows += _ahead(drawing.row.sampling, drawing.proposal)
     sampled = sample(_lines(logits, lines), rows)
-    alive = [drawing for at, drawing in enumerate(drawings) if drawing.take(take, sampled, at) and drawing.proposal]
+    drawn = zip(first, drawings, strict=True)
+    alive = [drawing for at, drawing in drawn if drawing.take(take, sampled, at) and drawing.proposal]
     while alive:
         alive = [drawing for drawing in alive if _follow(drawing, sampled, take)]
         if alive:
