@@ -145,8 +145,9 @@ class DraftForward(PagedForward):
         super().__init__(model, *args, **settings)
 
     def altered(self) -> bool:
-        """Whether a bare look tells that the model is not what it was; not each change can be seen so."""
-        return self.validity.step()
+        """Whether a bare look tells that the model is not what it was: all but numbers that were written uncounted, of
+        which it reads a few."""
+        return self.validity.glance() or self.validity.step()
 
     def refresh(self, anew: bool = False, known: object | None = None) -> bool:
         """Look at the model. Returns whether KV that was stored is void."""
