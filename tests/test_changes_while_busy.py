@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import tiny_llama
 
 from hf_paged import Engine, SamplingParams
 from hf_paged.integrations.validity import identity
@@ -14,19 +14,7 @@ PROMPT, OTHER = [5 * i % 89 + 1 for i in range(40)], [7 * i % 83 + 2 for i in ra
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(vocab_size=97, hidden_size=64, intermediate_size=96)
 
 
 def params(count=6):
