@@ -351,6 +351,8 @@ def test_few_programs_over_fp8_fetch_ahead(target):
     assert launch.fetches_ahead(shape, config, target, 2, most) == (target.arch == "sm_90")
     assert not launch.fetches_ahead(shape, config, target, 2, most + 1)
     assert not launch.fetches_ahead(shape, config, target, 4, 1)
+    assert launch.halved(shape, config, target, 2) == (target.arch == "sm_90")
+    assert not launch.halved(replace(shape, group=5), config, target, 2)
     for other in (dict(group=2), dict(group=16), dict(key_dim=64, value_dim=64), dict(key_dim=256)):
         assert not launch.fetches_ahead(replace(shape, **other), config, target, 2, 1)
 

@@ -34,6 +34,7 @@ from hf_paged.kernels.launch import (
     decode_config,
     extend_config,
     fetches_ahead,
+    halved,
     overlaps,
     prefill_config,
     product_config,
@@ -152,12 +153,16 @@ def variants(shape: HeadShape, target: Target) -> Iterator[Variant]:
     if shape.itemsize == 2 and reads_fp8(target):
         options = dict(windowed=False, capped=False, sinks=False)
         at = config.warps, config.stages, "fp8e4nv"
-        for shared in (False, True):
-            yield made("decode", decode_constants(shape, config, target, narrow=True, shared=shared, **options), *at)
         narrow = replace(shape, itemsize=1)
+        halves = halved(narrow, config, target, shape.itemsize)
+        over = options | {"narrow": True, "halves": halves}
+        for shared in (False, True):
+            yield made("decode", decode_constants(shape, config, target, shared=shared, **over), *at)
+        one, wanted = with_softcap(config), dict(windowed=True, capped=True, sinks=True, narrow=True)
+        yield made("decode", decode_constants(shape, one, target, **wanted), one.warps, one.stages, at[-1])
         if fetches_ahead(narrow, config, target, shape.itemsize, 1):
-            constants = decode_constants(narrow, config, target, narrow=True, ahead=True, **options)
-            yield made("decode", constants, *at)
+            constants = decode_constants(narrow, config, target, ahead=True, **over)
+            yield made("decode", constants, 2 * config.warps if halves else config.warps, *at[1:])
             yield made("merge", merging_constants(narrow, config, constants["FULL"], False), 1)
         for few, chosen in configs.items():
             constants = extend_constants(shape, chosen, tree=few, **options)

@@ -18,6 +18,7 @@ from hf_paged.kernels.launch import (
     decode_programs,
     fetches_ahead,
     full_splits,
+    halved,
     head_shape,
     overlaps,
     power_of_two,
@@ -73,15 +74,19 @@ def decode(
     )
     parts, stats = part_buffers(rows * splits if splits > 1 else 0, heads, value_dim, query.device)
     chosen = dict(windowed=window is not None, sinks=sinks is not None, shared=shared is not None and splits > 1)
-    plain = window is None and softcap is None and not chosen["shared"] and splits > 1
-    few = plain and narrow and fetches_ahead(shape, config, target, query.element_size(), rows * kv_heads * splits)
-    constants = decode_constants(shape, config, target, capped=softcap is not None, narrow=narrow, ahead=few, **chosen)
+    plain = narrow and window is None and softcap is None
+    programs = rows * kv_heads * splits
+    few = plain and not chosen["shared"] and splits > 1
+    few = few and fetches_ahead(shape, config, target, query.element_size(), programs)
+    halves = plain and halved(shape, config, target, query.element_size())
+    chosen |= dict(capped=softcap is not None, narrow=narrow, halves=halves, ahead=few)
+    constants = decode_constants(shape, config, target, **chosen)
     given = query, key_pages, value_pages, table, context, out if sinks is None else sinks  # for what is not read
     sizes = rows, table.shape[1], splits, window or 0, *scaling(scale, softcap), *query.stride()[:2]
     common = shared or (context, context)
-    launched = dict(**overlap(query.device), num_warps=config.warps, num_stages=config.stages)
-    programs = (rows * kv_heads * splits,)
-    decode_kernel[programs](*given, out, parts, stats, arrived, *common, *sizes, **constants, **launched)
+    warps = 2 * config.warps if few and halves else config.warps  # so many for each half of a split
+    launched = dict(**overlap(query.device), num_warps=warps, num_stages=config.stages)
+    decode_kernel[(programs,)](*given, out, parts, stats, arrived, *common, *sizes, **constants, **launched)
     if few:
         merging = merging_constants(shape, config, constants["FULL"], sinks is not None)
         merge_parts(context, sinks, out, parts, stats, merging)
@@ -96,17 +101,20 @@ def decode_constants(
     capped: bool,
     sinks: bool,
     narrow: bool = False,
+    halves: bool = False,
     shared: bool = False,
     ahead: bool = False,
 ) -> dict:
-    """What `decode_kernel` is compiled for. `narrow`: for pages in fp8. `shared`: rows may have splits in common.
-    `ahead`: programs are few, see `fetches_ahead`.
+    """What `decode_kernel` is compiled for. `narrow`: for pages in fp8. `halves`: see `halved`. `shared`: rows may have
+    splits in common. `ahead`: programs are few, see `fetches_ahead`.
 
     These are read once where warps share a tile, and there is no window, which begins elsewhere in each row.
     """
     parts = shares(shape, config, target)
     shared = shared and parts > 1 and not windowed
     columns = 16 if shared and overlaps(target) else 8  # on other cards 16 take more registers than there are
+    if halves and not ahead:
+        columns //= 2  # each stands there twice
     block_m = columns if parts > 1 else config.block_m
     return {
         **tile_constants(shape, config),
@@ -119,5 +127,6 @@ def decode_constants(
         "WINDOWED": windowed,
         "CAPPED": capped,
         "SINKS": sinks,
+        "HALVES": halves,
         "AHEAD": ahead,
     }

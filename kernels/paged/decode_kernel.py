@@ -1,4 +1,4 @@
-"""The kernel of `decode`: one split of a row and KV head, read in one of three ways; parts are merged in order."""
+"""The kernel of `decode`: one split of a row and KV head, read in one of four ways; parts are merged in order."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import triton.language as tl
 
 from hf_paged.kernels.overlap import admit_next, await_others
 from hf_paged.kernels.reduce import store_merged, store_part, store_result
-from hf_paged.kernels.splits import count_on_card, follows, size_on_card
+from hf_paged.kernels.splits import count_on_card, follows, size_on_card, start_on_card
 from hf_paged.kernels.tiles import attend, load_pages
 from hf_paged.kernels.tiles_ahead import attend_ahead, fetch_queries
 from hf_paged.kernels.tiles_apart import attend_apart, slots_apart
+from hf_paged.kernels.tiles_halved import attend_halved
 
 
 @triton.jit
 def members_of(
     order, common, context, place, split, rows,
-    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Whether a row before the one at `place` of `order` reads this split for both; for how many it does otherwise."""
     j = tl.arange(0, MEMBERS)
-    chain = follows(order, common, context, place + j, split, rows, PAGE_SIZE, SPLIT, FULL, BLOCK_N)
+    chain = follows(order, common, context, place + j, split, rows, PAGE_SIZE, SPLIT, FULL, BLOCK_N, HALVES)
     read = (tl.sum(((j == 0) & chain).to(tl.int32), 0) > 0) & (place % MEMBERS != 0)
     return read, tl.minimum(tl.min(tl.where(chain | (j == 0), MEMBERS, j), 0), MEMBERS - place % MEMBERS)
 
@@ -39,7 +41,7 @@ def read_split(
     KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    SHARES: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    SHARES: tl.constexpr, HALVES: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attention over slots `start` to `stop` of a row of `length`, whose line of the page table is `table`.
 
@@ -50,7 +52,14 @@ def read_split(
         weighted values `[M, V]`, largest score and sum of weights `[M]`, float32.
     """
     # fmt: off
-    if AHEAD:
+    if AHEAD and HALVES:
+        at, real_at = columns(query, real, 2 * SHARES, BLOCK_D, BLOCK_M)
+        acc, most, total = attend_halved(
+            at, real_at, keys, values, table, start, stop, stop == length, scale, window,
+            KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, SHARES, STAGES, OVERLAP,
+        )
+        acc = tl.trans(acc)
+    elif AHEAD:
         at, real_at = columns(query, real, 2 * SHARES, BLOCK_D, BLOCK_M)
         acc, most, total = attend_ahead(
             at, real_at, keys, values, table, start, stop, stop == length, scale, window,
@@ -59,11 +68,15 @@ def read_split(
         acc = tl.trans(acc)
     elif SHARES > 1:
         pages = load_pages(table, start + slots_apart(BLOCK_N, SHARES), stop, PAGE_SIZE)
-        at, real_at = columns(query, real, SHARES, BLOCK_D, BLOCK_M)
+        COLUMNS: tl.constexpr = 2 * BLOCK_M if HALVES else BLOCK_M
+        if HALVES:
+            query = tl.reshape(tl.join(query, query), (COLUMNS,))
+            real = tl.reshape(tl.join(real, real), (COLUMNS,))
+        at, real_at = columns(query, real, SHARES, BLOCK_D, COLUMNS)
         acc, most, total = attend_apart(
             at, real_at, keys, values, table, pages, start, stop, length - window, stop == length, scale, cap,
-            KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, SHARES, WINDOWED, CAPPED, PRECISION, STAGES,
-            OVERLAP,
+            KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, COLUMNS, BLOCK_N, SHARES, HALVES, WINDOWED, CAPPED, PRECISION,
+            STAGES, OVERLAP,
         )
         acc = tl.trans(acc)
     else:
@@ -115,12 +128,13 @@ def decode_kernel(
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-    SHARES: tl.constexpr, MEMBERS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    SHARES: tl.constexpr, MEMBERS: tl.constexpr, HALVES: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One split of one row (see `splits.py`) and KV head; the program that ends last merges a row's, in their order.
 
-    With `MEMBERS`, one split of up to so many rows that have it in common, which is read once. With `AHEAD`, programs
-    are few (see `fetches_ahead`), and `merge.py` merges their parts.
+    With `MEMBERS`, one split of up to so many rows that have it in common, which is read once. With `HALVES` those of a
+    split are summed apart (see `halved`). With `AHEAD`, programs are few (see `fetches_ahead`), and `merge.py` merges
+    their parts.
 
     `parts` and `stats` are float32 `[rows, splits, heads, value_dim]` and `[rows, splits, heads, 2]`; `arrived` int32
     `[rows, kv_heads]`: splits that are done, 0 before and after. `context` is read while the kernel ahead still runs,
@@ -137,7 +151,11 @@ def decode_kernel(
     members = 1
     mine = row
     if MEMBERS > 1:
-        read, members = members_of(order, common, context, place, split, rows, PAGE_SIZE, SPLIT, FULL, BLOCK_N, MEMBERS)
+        # fmt: off
+        read, members = members_of(
+            order, common, context, place, split, rows, PAGE_SIZE, SPLIT, FULL, BLOCK_N, HALVES, MEMBERS
+        )
+        # fmt: on
         if read:
             return
         row = tl.load(order + place)
@@ -152,8 +170,8 @@ def decode_kernel(
     count = count_on_card(length - first, size)
     if split >= count:
         return
-    start = first + split * size
-    stop = tl.where(split + 1 == count, length, start + size)
+    start = first + start_on_card(split, size, BLOCK_N, HALVES)
+    stop = tl.where(split + 1 == count, length, first + start_on_card(split + 1, size, BLOCK_N, HALVES))
     own_query = query + mine.to(tl.int64) * stride_token
     if AHEAD:
         fetch_queries(own_query + tl.where(real, heads, head * GROUP) * stride_head, KEY_DIM, OVERLAP)
@@ -162,7 +180,7 @@ def decode_kernel(
         own_query + heads * stride_head, real, key_pages + head * (PAGE_SIZE * KEY_DIM),
         value_pages + head * (PAGE_SIZE * VALUE_DIM), table + row.to(tl.int64) * width, start, stop, length, window,
         scale, cap, KV_HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, WINDOWED, CAPPED,
-        PRECISION, STAGES, SHARES, AHEAD, OVERLAP,
+        PRECISION, STAGES, SHARES, HALVES, AHEAD, OVERLAP,
     )
     # fmt: on
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -174,7 +192,7 @@ def decode_kernel(
         store_result(out, line, acc, most, total, sinks, heads, real, VALUE_DIM, BLOCK_V, SINKS)
     else:
         store_part(parts, stats, line, acc, most, total, real, VALUE_DIM, BLOCK_V)
-        WHOLE: tl.constexpr = OVERLAP and key_pages.dtype.element_ty == tl.float8e4nv  # as `merge.py` has it
+        WHOLE: tl.constexpr = OVERLAP and HALVES  # as `merge.py` has it
         # fmt: off
         merge_ended(
             arrived, parts, stats, order, context, place, members, row, size, count, head, splits, sinks, out,

@@ -211,22 +211,40 @@ def shares(shape: HeadShape, config: TileConfig, target: Target) -> int:
     return config.warps if whole and small and fits else 1
 
 
-def fetches_ahead(shape: HeadShape, config: TileConfig, target: Target, itemsize: int, programs: int) -> bool:
-    """Whether so many programs of `decode` over pages in fp8 are taken by `tiles_ahead.py`, and their parts merged by
-    `merge.py`: where there are two a processor at most, of one row or a few. The sums are the same to the bit.
+def _halvable(shape: HeadShape, config: TileConfig, target: Target, itemsize: int) -> bool:
+    """Whether programs of `decode` over pages in fp8 may take half a processor's memory each.
 
-    Each takes half a processor's memory, so that one of the next kernel takes its place as it ends; of more programs,
-    some would have to wait for that. Heads are of 128 values and 3 to 8 a KV head: so in either kernel that merges, a
-    thread has all parts of what it sums. (On later cards, where nobody has measured it, it takes too many registers.)
-
-    Args:
-        itemsize: of a query's elements; those of 4 bytes are not computed with in float16.
+    Heads are of 128 values and 3 to 8 a KV head: so in either kernel that merges, a thread has all parts of what it
+    sums. (On later cards, where nobody has measured it, it takes too many registers.)
     """
     numbers = padded(shape.key_dim) + padded(shape.value_dim)  # of a slot, a byte each
     room = config.stages > 3 and (config.stages - 1) * 2 * config.block_n * numbers + 12 * KIB <= target.shared // 2
     alike = shape.value_dim == 128 and shape.key_dim <= 128 and power_of_two(shape.group) in (4, 8)
-    two = target.arch == "sm_90" and shares(shape, config, target) == 2
-    return two and alike and room and itemsize == 2 and programs <= 2 * target.processors
+    return target.arch == "sm_90" and shares(shape, config, target) == 2 and alike and room and itemsize == 2
+
+
+def fetches_ahead(shape: HeadShape, config: TileConfig, target: Target, itemsize: int, programs: int) -> bool:
+    """Whether so many programs of `decode` over pages in fp8 are taken by `tiles_ahead.py` or `tiles_halved.py`, and
+    their parts merged by `merge.py`: where there are two a processor at most, of one row or a few. The sums are the
+    same to the bit.
+
+    Each takes half a processor's memory, so that one of the next kernel takes its place as it ends; of more programs,
+    some would have to wait for that.
+
+    Args:
+        itemsize: of a query's elements; those of 4 bytes are not computed with in float16.
+    """
+    return _halvable(shape, config, target, itemsize) and programs <= 2 * target.processors
+
+
+def halved(shape: HeadShape, config: TileConfig, target: Target, itemsize: int) -> bool:
+    """Whether the halves of a split of `decode`, over pages in fp8 without a window and caps, have sums of their own,
+    so that few programs may read them side by side (`tiles_halved.py`); see `fetches_ahead`.
+
+    Of 3 or 4 heads a KV head: queries for both halves are then the eight columns that a product has at least. (With
+    twice as many columns, many programs are 8 % slower.)
+    """
+    return _halvable(shape, config, target, itemsize) and power_of_two(shape.group) == 4
 
 
 def extend_config(shape: HeadShape, target: Target, few: bool) -> TileConfig:

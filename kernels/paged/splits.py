@@ -1,6 +1,6 @@
 """Splits of a row's slots, as `decode` makes them, and which rows have one in common. Host and kernels say the same.
 
-Splits are of a size that hardly depends on a row's length, and begin at multiples of it: rows of like length that share
+Splits are of a size that hardly depends on a row's length, and begin where it says: rows of like length that share
 their first pages share splits, and one program reads such a split for several of them (Juravsky et al., "Hydragen",
 2024; Ye et al., "ChunkAttention", ACL 2024). What a split gives a row depends on that row alone, whoever computes it.
 """
@@ -48,9 +48,19 @@ def count_on_card(slots, size):
 
 
 @triton.jit
+def start_on_card(split, size, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """Where a split begins: at a multiple of `size`. With `HALVES` (see `halved`) every second one begins an eighth of
+    that later: programs that began together do not end together then, and leave memory idle."""
+    begin = split * size
+    if HALVES:
+        begin += split % 2 * (size // (8 * BLOCK_N) * BLOCK_N)
+    return begin
+
+
+@triton.jit
 def follows(
     order, common, context, place, split, rows,
-    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Whether the rows at these places of `order` have split `split`, whole, in common with those before them."""
     there = (place > 0) & (place < rows)
@@ -61,4 +71,4 @@ def follows(
     end = split + 1  # the last split is a row's own
     inside = (end < count_on_card(own, size)) & (end < count_on_card(other, size))
     shared = tl.load(common + place, mask=there, other=0) * PAGE_SIZE
-    return there & alike & inside & (shared >= end * size)
+    return there & alike & inside & (shared >= start_on_card(end, size, BLOCK_N, HALVES))

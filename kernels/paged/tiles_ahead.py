@@ -64,7 +64,7 @@ def load_values(
 @triton.jit
 def add_tile(acc, odd, most, total, scores, value, held, scale, OVERLAP: tl.constexpr):
     """A tile's values, weighted by its scores."""
-    weights, fade, most, total = weighed(scores, held, most, total, scale)
+    weights, fade, most, total = weighed(scores, held[:, :, None], most, total, scale)
     acc, odd = add_pairs(acc, odd, value, weights, fade, OVERLAP)
     return acc, odd, most, total
 
@@ -130,4 +130,5 @@ def attend_ahead(
         one, other = tl.split(tl.permute(scores, (1, 2, 3, 0)))
         acc, odd, most, total = add_tile(acc, odd, most, total, one, first_value, first_held, scale, OVERLAP)
         acc, odd, most, total = add_tile(acc, odd, most, total, other, second_value, second_held, scale, OVERLAP)
-    return joined(acc, odd, most, total, True, SHARES, BLOCK_M)
+    acc, most, total = joined(acc, odd, most, total, True, 1, SHARES, BLOCK_M)
+    return tl.reshape(acc, (VALUE_DIM, BLOCK_M)), tl.reshape(most, (BLOCK_M,)), tl.reshape(total, (BLOCK_M,))

@@ -31,23 +31,32 @@ def slots_apart(BLOCK_N: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
-def over_shares(x, SHARES: tl.constexpr):
-    """Sum `[SHARES, V, M]` over the first axis. (Between two warps `tl.sum` would take forty barriers.)"""
+def of_two(first, fade, second, more_fade):
+    """`first * fade + second * more_fade`, rounded alike in every kernel: whichever product a compiler took into the
+    sum, the last bit would depend on that."""
+    return tl.fma(first, fade, second * more_fade)
+
+
+@triton.jit
+def over_shares(x, fade, SHARES: tl.constexpr):
+    """Sum `[HALVES, SHARES, V, M]` over the second axis, each share times its `fade`, `[HALVES, SHARES, M]`. (Between
+    two warps `tl.sum` would take forty barriers.)"""
     if SHARES == 2:
-        first, second = tl.split(tl.permute(x, (1, 2, 0)))
-        return first + second
-    return tl.sum(x, 0)
+        first, second = tl.split(tl.permute(x, (0, 2, 3, 1)))
+        one, other = tl.split(tl.permute(fade, (0, 2, 1)))
+        return of_two(first, one[:, None, :], second, other[:, None, :])
+    return tl.sum(x * fade[:, :, None, :], 1)
 
 
 @triton.jit
 def weighed(scores, held, most, total, factor):
-    """A step of the softmax of each share: of scores `[SHARES, N, M]`, those `held` `[SHARES, N]`, what has been summed
-    before by the largest scores and sums of weights `[SHARES, M]`.
+    """A step of the softmax of each share: of scores `[SHARES, N, M]`, those `held`, what has been summed before by the
+    largest scores and sums of weights `[SHARES, M]`.
 
     Returns:
         weights, by what to scale what was summed before, largest score, sum of weights.
     """
-    scores = tl.where(held[:, :, None], scores, float("-inf"))
+    scores = tl.where(held, scores, float("-inf"))
     peak = tl.maximum(most, tl.max(scores, 1) * factor)
     around = tl.where(peak == float("-inf"), 0.0, peak)
     weights = tl.exp2(scores * factor - around[:, None, :])
@@ -65,16 +74,45 @@ def add_pairs(acc, odd, value, weights, fade, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def joined(acc, odd, most, total, PAIRS: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What the shares have come to, as one: weighted values `[V, M]`, largest score and sum of weights `[M]`."""
-    peak = tl.max(most, 0)
+def joined(
+    acc, odd, most, total, PAIRS: tl.constexpr, HALVES: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """What the shares of each half have come to, `[HALVES * SHARES, ...]`, as one.
+
+    Returns:
+        weighted values `[HALVES, V, M]`, largest score and sum of weights `[HALVES, M]`.
+    """
+    PARTS: tl.constexpr = acc.shape[1]
+    most = tl.reshape(most, (HALVES, SHARES, BLOCK_M))
+    peak = tl.max(most, 1)
     around = tl.where(peak == float("-inf"), 0.0, peak)
-    fade = tl.exp2(most - around[None, :])
-    acc = over_shares(acc * fade[:, None, :], SHARES)
+    fade = tl.exp2(most - around[:, None, :])
+    acc = over_shares(tl.reshape(acc, (HALVES, SHARES, PARTS, BLOCK_M)), fade, SHARES)
+    total = over_shares(tl.reshape(total, (HALVES, SHARES, 1, BLOCK_M)), fade, SHARES)
     if PAIRS:
-        both = tl.join(acc, over_shares(odd * fade[:, None, :], SHARES))
-        acc = tl.reshape(tl.permute(both, (0, 2, 1)), (2 * acc.shape[0], BLOCK_M))
-    return acc, peak, tl.sum(total * fade, 0)
+        odd = over_shares(tl.reshape(odd, (HALVES, SHARES, PARTS, BLOCK_M)), fade, SHARES)
+        acc = tl.reshape(tl.permute(tl.join(acc, odd), (0, 1, 3, 2)), (HALVES, 2 * PARTS, BLOCK_M))
+    return acc, peak, tl.reshape(total, (HALVES, BLOCK_M))
+
+
+@triton.jit
+def of_both(acc, most, total):
+    """Two halves, along the last axis of weighted values `[V, M, 2]`, largest scores and sums of weights `[M, 2]`, as
+    one; a second half that has nothing changes no bit."""
+    acc, more_acc = tl.split(acc)
+    most, more_most = tl.split(most)
+    total, more_total = tl.split(total)
+    peak = tl.maximum(most, more_most)
+    around = tl.where(peak == float("-inf"), 0.0, peak)
+    fade, more_fade = tl.exp2(most - around), tl.exp2(more_most - around)
+    acc = of_two(acc, fade[None, :], more_acc, more_fade[None, :])
+    return acc, peak, of_two(total, fade, more_total, more_fade)
+
+
+@triton.jit
+def half_of(start, stop, BLOCK_N: tl.constexpr):
+    """Slots of the first half of a split: whole tiles, as many as the second half has or one more."""
+    return tl.cdiv(stop - start, 2 * BLOCK_N) * BLOCK_N
 
 
 @triton.jit
@@ -91,7 +129,7 @@ def queries(at, real, NARROW: tl.constexpr):
 def attend_apart(
     query_at, real, key_pages, value_pages, table, next_pages, start, stop, low, fresh, scale, cap,
     KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, HALVES: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As `attend` from nothing, with a tile's slots dealt out to `SHARES` warps, each with a softmax of its own.
@@ -102,19 +140,23 @@ def attend_apart(
     few.
 
     Pages in fp8 are computed with in float16. Values are turned on their way from shared memory, which can be done with
-    two bytes, not with one: they come in pairs of elements, and each half has sums of its own.
+    two bytes, not with one: they come in pairs of elements, and either of a pair has sums of its own.
+
+    With `HALVES` those of a split have sums of their own, as `attend_halved` makes them side by side: each query stands
+    there twice, and sees the first half in the one column, the second in the other. (To hold the first's sums, or to
+    store them on the way, takes 5 % longer.)
 
     With `OVERLAP` the first tiles are on their way before the kernels ahead have ended: those are awaited within the
     loop, where queries are needed first. (Queries then go through shared memory at every tile, which costs less.)
 
     Args:
-        query_at: where queries lie, `[SHARES, D, M]`, those of `real`; all columns see the slots up to `stop`, from
-            `low` on (looked at if `WINDOWED`). KEY_DIM and VALUE_DIM are powers of two.
+        query_at: where queries lie, `[SHARES, D, M]`, those of `real`, with `HALVES` each of them twice; all see the
+            slots up to `stop`, from `low` on (looked at if `WINDOWED`). KEY_DIM and VALUE_DIM are powers of two.
         next_pages: those of the first tile, as `slots_apart`.
         fresh: whether the kernel ahead stores the last slot before `stop`.
 
     Returns:
-        weighted values `[V, M]`, largest score and sum of weights `[M]`, float32.
+        weighted values `[V, M]`, largest score and sum of weights `[M]`, float32, of each query.
     """
     NARROW: tl.constexpr = (key_pages.dtype.element_ty == tl.float8e4nv) & (query_at.dtype.element_ty != tl.float32)
     PAIR: tl.constexpr = 2 if NARROW else 1
@@ -122,6 +164,8 @@ def attend_apart(
     if NARROW:
         value_pages = value_pages.to(tl.pointer_type(tl.int16))
     n = slots_apart(BLOCK_N, SHARES)
+    middle = start + half_of(start, stop, BLOCK_N)
+    second = tl.arange(0, BLOCK_M) % 2 == 1
     d = tl.arange(0, KEY_DIM)[None, None, :]
     v = tl.arange(0, VALUE_DIM // PAIR)[None, :, None]
     acc = tl.zeros([SHARES, VALUE_DIM // PAIR, BLOCK_M], tl.float32)
@@ -155,10 +199,19 @@ def attend_apart(
         if CAPPED:
             scores = softcapped(scores * scale, cap)
             factor = 1.0
-        weights, fade, most, total = weighed(scores, held, most, total, factor)
+        seen = held[:, :, None]
+        if HALVES:
+            seen = seen & ((begin >= middle) == second)[None, None, :]
+        weights, fade, most, total = weighed(scores, seen, most, total, factor)
         if NARROW:
             acc, odd = add_pairs(acc, odd, value, weights, fade, OVERLAP)
         else:
             weights = weights.to(DTYPE)
             acc = tl.dot(value.to(DTYPE), weights, acc * fade[:, None, :], input_precision=PRECISION)
-    return joined(acc, odd, most, total, NARROW, SHARES, BLOCK_M)
+    acc, most, total = joined(acc, odd, most, total, NARROW, 1, SHARES, BLOCK_M)
+    COUNT: tl.constexpr = BLOCK_M // 2 if HALVES else BLOCK_M
+    if HALVES:
+        acc, most, total = of_both(
+            tl.reshape(acc, (VALUE_DIM, COUNT, 2)), tl.reshape(most, (COUNT, 2)), tl.reshape(total, (COUNT, 2))
+        )
+    return tl.reshape(acc, (VALUE_DIM, COUNT)), tl.reshape(most, (COUNT,)), tl.reshape(total, (COUNT,))
