@@ -116,8 +116,36 @@ void *take_apart(void *room, const float *x, int64_t x_line, int64_t lines, int6
     return room;
 }
 
-/* Lines at a time, whose sums registers hold beside what is added to them. */
-enum { MANY = REGISTERS * 3 / 4 / PAIR > 0 ? REGISTERS * 3 / 4 / PAIR : 1 };
+/* Lines at a time, whose sums registers hold beside what is added to them; and vectors of a pair of tiles at a time: where registers
+ * hold both, a number of a line is read once for the two. (To read one takes as long as two products.) */
+enum { MANY = REGISTERS * 3 / 4 / PAIR > 0 ? REGISTERS * 3 / 4 / PAIR : 1, ONCE = PAIR == 2 ? 2 : 1 };
+
+/* Adds the products of two inputs of some lines, x `stride` floats apart, and ONCE vectors of outputs from vector v on. */
+INLINE void add_inputs(lanes *sums, const float *x, int64_t stride, const uint16_t *weight, const int v, const int lines) {
+    lanes even[ONCE], odd[ONCE];
+#pragma GCC unroll 2
+    for (int o = 0; o < ONCE; o++) {
+        const ints both = (ints) * (const bits *)(weight + (v + o) / WIDE * TILE + (v + o) % WIDE * LANES * 2);
+        even[o] = (lanes)(both << 16), odd[o] = (lanes)(both & (int32_t)0xffff0000);
+        HELD(even[o]);
+        HELD(odd[o]);
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < lines; m++) {
+        if (ONCE == 1) {
+            sums[PAIR * m + v] += even[0] * x[m * stride];
+            sums[PAIR * m + v] += odd[0] * x[m * stride + 1];
+            continue;
+        }
+        lanes first = (lanes){0} + x[m * stride], second = (lanes){0} + x[m * stride + 1];
+        HELD(first);
+        HELD(second);
+#pragma GCC unroll 2
+        for (int o = 0; o < ONCE; o++) sums[PAIR * m + v + o] += even[o] * first;
+#pragma GCC unroll 2
+        for (int o = 0; o < ONCE; o++) sums[PAIR * m + v + o] += odd[o] * second;
+    }
+}
 
 /* sums[PAIR * m + v]: products of line m of x with the outputs of vector v of a pair of tiles. Fetches its part of the weights that
  * come next. */
@@ -127,21 +155,10 @@ INLINE void multiply_floats(lanes *sums, const float *x, const uint16_t *weight,
     for (int64_t j = 0, turn = pass; j < deep; j++, turn = turn ? turn - 1 : passes - 1)
         for (int64_t i = 0; i < DEEP; i += 2) {
             const int64_t at_weight = j * 2 * TILE + i * SIDE;
-            const uint16_t *w = weight + at_weight, *coming = next + at_weight;
-            const float *at = x + j * DEEP + i;
+            const uint16_t *coming = next + at_weight;
             if (!turn) __builtin_prefetch(coming, 0, 2), __builtin_prefetch(coming + TILE, 0, 2);
 #pragma GCC unroll 8
-            for (int v = 0; v < PAIR; v++) {
-                const ints both = (ints) * (const bits *)(w + v / WIDE * TILE + v % WIDE * LANES * 2);
-                lanes even = (lanes)(both << 16), odd = (lanes)(both & (int32_t)0xffff0000);
-                HELD(even);
-                HELD(odd);
-#pragma GCC unroll 12
-                for (int m = 0; m < lines; m++) {
-                    kept[PAIR * m + v] += even * at[m * deep * DEEP];
-                    kept[PAIR * m + v] += odd * at[m * deep * DEEP + 1];
-                }
-            }
+            for (int v = 0; v < PAIR; v += ONCE) add_inputs(kept, x + j * DEEP + i, deep * DEEP, weight + at_weight, v, lines);
         }
     for (int i = 0; i < PAIR * lines; i++) sums[i] = kept[i];
 }
