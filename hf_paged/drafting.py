@@ -218,6 +218,7 @@ class Drafting(Proposers):
         plan, visit, steps = visited
         visits, made = self._visits[plan.speculator], visit.seconds[: len(steps)]
         self._rest = visits.rest(steps, seconds, plan) * self.burst
+        visits.looked(plan, steps)
         each = max(seconds - sum(forward + spent for forward, spent in made), 0.0) / max(len(steps), 1)
         self._resting = False
         drafted = any(step.verdicts for step in steps)

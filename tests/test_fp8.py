@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import left_padded, prompts_of, tiny_llama
+from interpreter import exact_products  # noqa: F401  (a fixture)
 from kernel_cases import Case, Step, make, random_case
 
 import hf_paged
@@ -107,18 +108,10 @@ def test_half_precision_over_fp8(dtype, dims, window):
 @pytest.mark.parametrize(
     "group, sinks, page_size", [(4, False, 16), (3, True, 4), (4, True, 256), (8, True, 16), (5, False, 256)]
 )
-def test_few_programs_give_what_many_do(dtype, group, sinks, page_size, monkeypatch):
+def test_few_programs_give_what_many_do(dtype, group, sinks, page_size, exact_products, monkeypatch):  # noqa: F811
     """They read both halves of a split at once or two tiles, and another kernel merges: the same sums, to the bit."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
     from hf_paged.kernels import decode as module
     from hf_paged.kernels import triton_path
-
-    def product(_, a, b, d, *__):  # numpy's sums depend on how many columns there are, as a card's do not
-        exact = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
-        return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
 
     def smaller(*args):
         return replace(tiles_of(*args), block_n=32, split=64)

@@ -8,6 +8,7 @@ import interpreter  # noqa: F401  (before Triton is imported)
 import numpy as np
 import pytest
 import torch
+from interpreter import exact_products  # noqa: F401  (a fixture)
 from kernel_cases import Case, Step, make
 from test_triton_kernels import interpreted, small_tiles  # noqa: F401  (a fixture)
 
@@ -19,7 +20,10 @@ from hf_paged.kernels import decode as decode_module  # noqa: E402
 from hf_paged.kernels import triton_path  # noqa: E402
 from hf_paged.kernels.splits import most_splits, split_count, split_size  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1, set where there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1, set where there is no GPU"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 
 @pytest.fixture
@@ -110,9 +114,7 @@ LENGTHS = [110, 95, 120, 100, 60, 110, 105, 70, 9]
 def test_shared_splits_change_no_bit(options, small_tiles, always):  # noqa: F811
     step = step_of(LENGTHS, SHARES, **options)
     apart = attention(step, grouped=False)
-    # Bits are those of one product, of 8 columns or of 16, which numpy's may round otherwise: see `test_gpu.py`.
-    near = 1e-6 if options.get("dim") == 64 else 0
-    torch.testing.assert_close(attention(step, grouped=True), apart, atol=near, rtol=near)
+    assert torch.equal(attention(step, grouped=True), apart)
     torch.testing.assert_close(apart, step.expected(), atol=2e-5, rtol=2e-5)
 
 

@@ -19,11 +19,12 @@ from test_speculation import draft_of, requests, tokens
 from hf_paged import Engine, SamplingParams, SpeculationConfig
 from hf_paged.integrations.few_stepper import FewStepper
 from hf_paged.kernels.native import native_ops
-from hf_paged.kernels.native_verified import MODEL, TEXT, Rules, TextRow
+from hf_paged.kernels.native_verified import FOLLOWED, MODEL, TEXT, Followed, Rules, TextRow
 from hf_paged.plan import PlanRow
 from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.guide import MARGIN, Ledger, Overhead
 from hf_paged.speculation.lookup import NgramIndex, lookup
+from hf_paged.speculation.suffix import SURE, SuffixIndex, alone
 from hf_paged.speculation.trial import Trial
 from hf_paged.speculation.visit import ENDING, KINDS, Step, Visits
 
@@ -80,7 +81,7 @@ def made(visits, source):
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=list(PARAMS))
-@pytest.mark.parametrize("method", ["lookup", "draft", "auto"])
+@pytest.mark.parametrize("method", ["lookup", "draft", "suffix", "auto"])
 def test_visits_change_no_token(models, method, params, eager, visits):
     prompts, given = requests(8, **params)
     wanted = [tokens(engine_of(models[0]), [p], [g]) for p, g in zip(prompts, given, strict=True)]
@@ -88,7 +89,7 @@ def test_visits_change_no_token(models, method, params, eager, visits):
         for _ in range(2):
             assert [tokens(engine, [p], [g]) for p, g in zip(prompts, given, strict=True)] == wanted
         stats = engine.speculation_stats()
-        assert (visits or method == "auto") and stats.proposed > 0
+        assert visits and stats.proposed > 0
         assert engine.stats().pages_free == engine.stats().pages_total
     if method == "draft":
         assert 0 < stats.accepted < stats.proposed
@@ -98,14 +99,15 @@ def test_visits_change_no_token(models, method, params, eager, visits):
 
 @pytest.mark.parametrize("settings", [{}, {"num_pages": 24, "max_model_len": 80}, {"max_sequences": 3}], ids=str)
 @pytest.mark.parametrize("params", PARAMS.values(), ids=list(PARAMS))
-@pytest.mark.parametrize("method", ["lookup", "draft"])
+@pytest.mark.parametrize("method", ["lookup", "draft", "suffix"])
 def test_rows_that_are_drafted_for_together(models, method, params, settings, eager, visits):
     prompts, given = requests(10, **params)
     prompts[1] = prompts[1][::-1]  # rows that share a page go step by step
     wanted = tokens(engine_of(models[0]), prompts, given)
     with engine_of(*models, method, **settings) as engine:
-        assert tokens(engine, prompts, given) == wanted
-        assert any(len(plan.work) > 1 for plan, _ in visits)
+        for _ in range(2 if method == "suffix" else 1):
+            assert tokens(engine, prompts, given) == wanted
+        assert method == "suffix" or any(len(plan.work) > 1 for plan, _ in visits)
         assert engine.stats().pages_free == engine.stats().pages_total
     if method == "draft":
         together = [step for plan, visit in visits for step in visit.steps if len(plan.work) > 1]
@@ -196,21 +198,30 @@ def test_what_is_stored_is_what_the_tokens_have(models, params, rows, eager, vis
 
 def rules_of(**given):
     usual = dict(
-        ngram=0, deepest=8, usual=8, chain=0, width=1, kinds=KINDS, margin=MARGIN, row_decay=0.9, row_trust=4.0
+        ngram=0,
+        deepest=8,
+        usual=8,
+        sure=SURE,
+        chain=0,
+        width=1,
+        kinds=KINDS,
+        margin=MARGIN,
+        row_decay=0.9,
+        row_trust=4.0,
     )
     seconds = given.pop("seconds", 1 + 1e-6 * np.arange(41))
     looked = given.pop("looked", np.full((3, 7), 0.9, np.float32))
     return Rules(**{**usual, **given}).with_tables(
-        looked, np.full((3, 3 * KINDS), 0.9, np.float32), seconds, np.ones(2)
+        np.stack([looked, looked]), np.full((3, 3 * KINDS), 0.9, np.float32), seconds, np.ones(2)
     )
 
 
-def looked_up(models, text, rules, records=((0.0, 0.0), (0.0, 0.0)), left=60):
+def looked_up(models, text, rules, records=((0.0, 0.0),) * 3, left=60, followed=None):
     """What one step of a row with this text verifies."""
     with engine_of(models[0], check=False) as engine:
         room = np.zeros(len(text) + 100, np.int64)
         room[: len(text)] = text
-        row = TextRow(room, len(text), 120, left, (), len(text), records, 1.0)
+        row = TextRow(room, len(text), 120, left, (), len(text), records, 1.0, followed)
         few, stepper = engine.forward.few_model(), engine.core.stepper
         parameters = [np.zeros(1, np.float32), np.full(1, -1, np.float32), np.zeros(1, np.float32)]
         parameters += [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, len(text))]
@@ -230,6 +241,76 @@ def test_what_is_looked_up_is_what_the_index_finds(models):
                 found += 1
                 assert (got.kinds, got.parents, got.source) == (wanted.kinds, wanted.parents, TEXT)
     assert found > 20
+
+
+def test_what_comes_next_in_a_text_that_is_repeated(models):
+    rng, index, found = np.random.default_rng(0), SuffixIndex(1 << 10), []
+    for length, common in ((60, 40), (60, 11), (60, 12), (30, 16), (60, 59)):
+        other = rng.integers(0, 23, length).tolist()
+        text = rng.integers(0, 23, 5).tolist() + other[max(20 - common, 0) : 20]
+        index.update(index.open(other, None))
+        entry = index.open(text, None)
+        repeated, wanted = index.followed(entry), index.propose(entry, 30, 1, usual=8)
+        found.append(repeated is not None)
+        for begin in (0, 3 if common < 17 else 0):  # agreement is told as far as there are tokens
+            followed = Followed(np.array(other[begin:]), begin, 20 - len(text))
+            got = looked_up(models, text, rules_of(deepest=30), left=31, followed=followed)
+            assert got.tokens == (wanted.tokens if found[-1] else ())
+            if found[-1]:
+                assert (repeated[0].tokens, repeated[1]) == (other, 20)
+                assert (got.parents, got.source) == (wanted.parents, FOLLOWED)
+                assert {alone(kind, SURE)[0] for kind in got.kinds} == set(wanted.kinds)
+        for begin, behind in ((20, 0), (0, 10), (0, 60)):  # what is told does not reach so far, or is not the place
+            followed = Followed(np.array(other[begin:]), begin, behind + 20 - len(text))
+            assert not looked_up(models, text, rules_of(deepest=30), followed=followed).tokens
+    assert found == [True, False, True, True, True]
+
+
+def test_a_row_that_repeats_itself(models):
+    """Behind its last token it goes on with itself."""
+    text = list(range(10)) * 2
+    got = looked_up(models, text, rules_of(deepest=25, usual=25, sure=10), followed=Followed(None, 0, -10))
+    assert got.tokens == tuple(range(10)) * 2 + (0, 1, 2, 3, 4) and got.source == FOLLOWED
+    assert not looked_up(models, text, rules_of(sure=11), followed=Followed(None, 0, -10)).tokens
+    # What it repeats goes before what is looked up.
+    other = Followed(np.array(text + [20, 21]), 0, 0)
+    assert looked_up(models, text, rules_of(ngram=3, sure=10), followed=other).tokens[:2] == (20, 21)
+    assert looked_up(models, text, rules_of(ngram=3, sure=40), followed=other).source == TEXT
+
+
+@pytest.mark.parametrize("method", ["suffix", "auto"])
+def test_texts_that_are_known_are_followed_at_visits(models, method, eager, visits):
+    """Without a draft model, though there is one. Where a row departs from what it repeated, it is looked at anew."""
+    prompts = [[2 + i, 5, 7, 1 + i % 4, 9, 3, *range(i, 18)] for i in range(6)]
+    given = [SamplingParams(max_tokens=60, ignore_eos=True, **GREEDY)] * 6
+    with engine_of(*models, method) as engine:
+        wanted = tokens(engine, prompts, given)
+        visits.clear()
+        assert tokens(engine, prompts, given) == wanted == tokens(engine_of(models[0]), prompts, given)
+        assert made(visits, FOLLOWED) and not made(visits, MODEL)
+        assert all(plan.model is None for plan, _ in visits)
+        visits.clear()
+        others = [SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.05, seed=i) for i in range(6)]
+        assert tokens(engine, prompts, others) == tokens(engine_of(models[0]), prompts, others)
+        drafts = made(visits, FOLLOWED)
+        assert any(len(each.path) < len(each.tokens) for each in drafts)
+        record = engine.speculation_stats().proposers["suffix"]
+        assert 0 < record.accepted < record.proposed
+        assert engine.stats().pages_free == engine.stats().pages_total
+
+
+def test_what_is_followed_is_not_told_to_others(models, eager, visits):
+    """Of another salt, or of a request that shares nothing."""
+    prompt, given = [3, 5, 7, 9, 1, 2, *range(12)], dict(max_tokens=40, ignore_eos=True, **GREEDY)
+    with engine_of(models[0], None, "suffix") as engine:
+        for params in (dict(cache_salt="a"), dict(cache_salt="b"), dict(prefix_caching=False)):
+            engine.generate([prompt], SamplingParams(**given, **params))
+            texts = [row.followed for plan, _ in visits for row in plan.rows]
+            assert all(text is None or text.tokens is None for text in texts)
+        engine.generate([prompt], SamplingParams(**given, cache_salt="b"))
+        assert any(
+            row.followed is not None and row.followed.tokens is not None for plan, _ in visits for row in plan.rows
+        )
 
 
 def test_how_many_are_verified_is_what_the_ledger_says(models):

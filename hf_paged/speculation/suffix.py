@@ -151,6 +151,12 @@ class SuffixIndex:
         if length >= SHORT:
             found.append((length, other, at))
 
+    def followed(self, text: Text) -> tuple[Text, int] | None:
+        """The text that `text` repeats without doubt, and the place there of what comes next."""
+        self.update(text)
+        length, other, at = max(self.matches(text), key=lambda entry: entry[0], default=(0, text, 0))
+        return (other, at) if length >= SURE else None
+
     def propose(self, text: Text, depth: int, width: int, usual: int | None = None) -> Proposal | None:
         """What followed the end of `text` elsewhere, up to `depth` tokens deep and `width` wide.
 
@@ -163,15 +169,18 @@ class SuffixIndex:
         length, other, at = max(found, key=lambda entry: entry[0])
         depth = depth_behind(length, depth, usual)
         if width == 1 or len(found) == 1:
-            kind = match_kind(length) * (len(SHARES) + 1) + len(SHARES)
-            drafts = continuation(other.tokens, at, depth)
-            return _chain(drafts, kind, _prior(length, 1.0))
+            return _chain(continuation(other.tokens, at, depth), *alone(match_kind(length), length))
         return _tree([(length, other.tokens[at : at + depth]) for length, other, at in found], width)
 
 
 def _chain(drafts: Sequence[int], kind: int, odds: float) -> Proposal:
     count = len(drafts)
     return Proposal(tuple(drafts), tuple(range(-1, count - 1)), (kind,) * count, (odds,) * count, "suffix")
+
+
+def alone(kind: int, length: int) -> tuple[int, float]:
+    """Of a draft that nothing stands beside, behind a match of that kind and length: its kind and estimate."""
+    return kind * (len(SHARES) + 1) + len(SHARES), _prior(length, 1.0)
 
 
 def _prior(length: int, share: float) -> float:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hf_paged.kernels.native_verified import Followed
 from hf_paged.plan import PlanRow
 from hf_paged.request import Row
 from hf_paged.speculation.acceptance import DEPTHS, Acceptance, RowRecord
 from hf_paged.speculation.config import SpeculationConfig
-from hf_paged.speculation.lookup import PRIOR, NgramIndex, lookup
+from hf_paged.speculation.lookup import LONGEST_MATCH, PRIOR, NgramIndex, lookup
 from hf_paged.speculation.proposal import Proposal
 from hf_paged.speculation.suffix import SuffixIndex, Text
 
@@ -154,10 +155,34 @@ class Texts:
 
             found.append(lookup(state.ngrams, row.tokens, depth, hopeful, usual))
         if method in ("suffix", "auto") and self.suffixes is not None:
-            if state.text is None:
-                state.text = self.suffixes.open(row.tokens, _reader(row))
-            found.append(self.suffixes.propose(state.text, depth, self.config.tree_width, usual))
+            found.append(self.suffixes.propose(self._text(row, state), depth, self.config.tree_width, usual))
         return [proposal for proposal in found if proposal is not None]
+
+    def _text(self, row: Row, state: RowDrafting) -> Text:
+        if state.text is None:
+            state.text = self.suffixes.open(row.tokens, _reader(row))
+        return state.text
+
+    def followed(
+        self, rows: Sequence[PlanRow], step: int, ahead: int, others: int
+    ) -> dict[PlanRow, Followed | None] | None:
+        """What rows whose time has come repeat without doubt, with so many tokens that come next; None where more than
+        so many `others` of them repeat nothing: all are to be looked at more closely then."""
+        found: dict[PlanRow, Followed | None] = {}
+        for planned in self.due(rows, step) if self.suffixes is not None else ():
+            text = self._text(planned.row, RowDrafting.of(planned.row, step))
+            repeated = self.suffixes.followed(text)
+            if repeated is None:
+                others -= 1
+                if others < 0:
+                    return None
+                found[planned] = None
+                continue
+            other, at = repeated
+            begin = max(at - LONGEST_MATCH, 0)
+            tokens = np.array(other.tokens[begin : at + ahead], np.int64) if other is not text else None
+            found[planned] = Followed(tokens, 0 if tokens is None else begin, at - len(text.tokens))
+        return found
 
     def _with_odds(self, state: RowDrafting, proposal: Proposal) -> Proposal:
         """The same with the odds that were seen."""

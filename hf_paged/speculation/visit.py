@@ -7,31 +7,33 @@ what came of them as if each step had been made by itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from hf_paged.kernels.native_verified import DEPTHS, MATCHES, MODEL, NODES, Made, Rules, TextRow, Visit
+from hf_paged.kernels.native_verified import FOLLOWED, MODEL, NODES, Followed, Made, Rules, TextRow, Visit
 from hf_paged.plan import PlanRow
 from hf_paged.speculation.acceptance import ROW_DECAY, ROW_TRUST
 from hf_paged.speculation.cost import CostTable
 from hf_paged.speculation.draft_model import DraftModel
-from hf_paged.speculation.drafter import KINDS, RANKS, likelihood
+from hf_paged.speculation.drafter import KINDS
 from hf_paged.speculation.guide import MARGIN, Ledger, Overhead
-from hf_paged.speculation.lookup import PRIOR
 from hf_paged.speculation.proposal import Proposal, Verdict
 from hf_paged.speculation.speculator import Speculator
+from hf_paged.speculation.suffix import SURE
 from hf_paged.speculation.texts import RowDrafting
+from hf_paged.speculation.visit_odds import OFTEN, Odds
 
 MOST = 16  # steps at a visit
+AHEAD = 512  # tokens that come next in a text that is followed: as many as a visit may take, and more
 FAR = 128  # slots that a visit takes at most, about
 SIZES = 48  # drafts of one step
 NODE = 2e-6  # seconds of a draft outside all forwards
 STALE = 12  # visits behind which what steps without drafts take is measured anew, in a burst
 CLEAR = 1.25  # a gain with which that can wait, four times as long
-OFTEN = 4  # visits between two looks at odds and costs
 ENDING = 4  # one of so many rows may end before a visit does, where nobody waits for its place
 LONGEST_REST = 4  # visits that are not made where as many did not pay
 
@@ -45,38 +47,13 @@ class Step(NamedTuple):
 
 
 @dataclass(eq=False)
-class Odds:
-    """Tables of a speculator's odds, without those of rows: looked at now and then."""
-
-    speculator: Speculator
-    visits: int = 0
-    looked: np.ndarray | None = None
-    drafted: np.ndarray | None = None
-
-    def look(self) -> None:
-        """Look at what is known by now."""
-        self.visits += 1
-        if self.looked is not None and self.visits % OFTEN:
-            return
-        odds, drafter = self.speculator.acceptance.odds, self.speculator.drafter
-        depths = range(1, DEPTHS + 1)
-        table = [[odds("lookup", kind, depth, PRIOR[kind]) for kind in range(MATCHES)] for depth in depths]
-        self.looked, self.drafted = np.array(table, np.float32), np.zeros((DEPTHS, RANKS * KINDS), np.float32)
-        if drafter is not None:
-            kinds = [
-                (kind + KINDS * rank, rank, (kind + 0.5) / KINDS) for rank in range(RANKS) for kind in range(KINDS)
-            ]
-            for depth in depths:
-                row = [odds(drafter.name, kind, depth, likelihood(prob, rank)) for kind, rank, prob in kinds]
-                self.drafted[depth - 1] = row
-
-
-@dataclass(eq=False)
 class Plan:
     """What is to be done at a visit.
 
     Attributes:
         model: who drafts where texts do not, or None. steps: most of them. ledger: of each.
+        soon: as in `Speculator.propose`; None where a draft model is not asked about.
+        looked: rows that were looked at in the suffix index.
     """
 
     speculator: Speculator
@@ -86,7 +63,8 @@ class Plan:
     steps: int
     ledger: Ledger
     model: DraftModel | None
-    soon: int
+    soon: int | None
+    looked: list[PlanRow]
 
     @property
     def deepest(self) -> int:
@@ -104,6 +82,7 @@ class Visits:
     def __init__(self, speculator: Speculator, bursts: CostTable) -> None:
         self.speculator, self.odds, self.bursts = speculator, Odds(speculator), bursts
         self.misses = 0  # visits on end that did not pay
+        self.certain = False  # whether all rows of the latest one repeated texts
         self.since = 0  # visits since steps without drafts were made instead
         self._clear = False  # whether the latest one gained much
         self.overhead = Overhead(node=NODE)  # of steps without drafts in bursts, of others in visits
@@ -113,9 +92,9 @@ class Visits:
     def serve(self, soon: int) -> bool:
         """Whether there may be something to plan. soon: as in `Speculator.propose`."""
         spec = self.speculator
-        if not spec.config.adaptive or spec.config.method not in ("draft", "lookup", "auto"):
+        if not spec.config.adaptive or spec.config.method not in ("draft", "lookup", "suffix", "auto"):
             return False
-        return not (spec.has_drafter and spec.trial.idle(soon))
+        return spec.config.method == "auto" or not (spec.has_drafter and spec.trial.idle(soon))
 
     def plan(self, work: Sequence[PlanRow], budget: int, waits: bool, soon: int) -> Plan | None:
         """What to do at a visit for rows that each have one token to compute; None: it is to be made step by step.
@@ -124,24 +103,18 @@ class Visits:
             budget: drafts that a step can take. waits, soon: as in `Speculator.propose`.
         """
         spec, count = self.speculator, len(work)
-        config = spec.config
-        if not spec.cost.of(count).knows(count) or config.confidence_threshold or budget <= 0:
+        if not spec.cost.of(count).knows(count) or spec.config.confidence_threshold or budget <= 0:
             return None
-        model, steps, known = None, MOST, {}
-        if spec.has_drafter:
-            model = spec.drafter if type(spec.drafter) is DraftModel and spec.drafter.store is not None else None
-            if model is None or model.sizes is not None or not model.ready():
+        followed, steps = self._followed(work)
+        if not steps:
+            return None
+        self.certain = len(followed) == count and all(followed.values())  # no row needs a draft model
+        model, known = None, {}
+        if spec.has_drafter and not self.certain:
+            known = self._known_to_model(work, budget) if not spec.trial.idle(soon) else None
+            if known is None:
                 return None
-            few = getattr(model.forward, "few_model", int)()
-            if not few or min(few.slots, model.longest) < max(len(planned.row.tokens) for planned in work) + FAR:
-                return None
-            known = {planned: model.known(planned) for planned in work}
-            if sum(len(planned.row.tokens) - at for planned, at in known.items()) > min(few.most, budget):
-                return None  # it has to read whole prompts
-        if config.method == "auto":  # the suffix index is asked step by step
-            steps = min(steps, spec.texts.next_look(work, spec.steps + 1))
-            if not steps:
-                return None
+            model = spec.drafter
         ledger, seconds = self._costs(count, min(budget, SIZES + count - 1))
         if model is not None:
             drafts = spec.tries(ledger, soon)
@@ -153,8 +126,38 @@ class Visits:
         rules.ending = 0 if waits else count // ENDING
         if model is None:
             known = {}
-        rows = [self._row(planned, known.get(planned), values.get(planned, 1.0)) for planned in work]
-        return Plan(spec, work, rules, rows, steps, ledger, model, soon)
+        rows = [
+            self._row(planned, known.get(planned), values.get(planned, 1.0), followed.get(planned)) for planned in work
+        ]
+        return Plan(spec, work, rules, rows, steps, ledger, model, None if self.certain else soon, list(followed))
+
+    def _known_to_model(self, work: Sequence[PlanRow], budget: int) -> dict[PlanRow, int] | None:
+        """Tokens of each row of which the draft model has KV; None where it does not serve, or has whole prompts to
+        read."""
+        model = self.speculator.drafter
+        if type(model) is not DraftModel or model.store is None or model.sizes is not None or not model.ready():
+            return None
+        few = getattr(model.forward, "few_model", int)()
+        if not few or min(few.slots, model.longest) < max(len(planned.row.tokens) for planned in work) + FAR:
+            return None
+        known = {planned: model.known(planned) for planned in work}
+        lag = sum(len(planned.row.tokens) - at for planned, at in known.items())
+        return known if lag <= min(few.most, budget) else None
+
+    def _followed(self, work: Sequence[PlanRow]) -> tuple[dict[PlanRow, Followed | None], int]:
+        """The texts that rows repeat, of those whose time has come, and steps until the others are to be looked at:
+        these are not made at a visit. Looks are paid for as all are."""
+        spec, suffix = self.speculator, self.speculator.config.method == "suffix"
+        if not suffix and spec.config.method != "auto":
+            return {}, MOST
+        texts, step, begun = spec.texts, spec.steps + 1, time.perf_counter()
+        found = texts.followed(work, step, AHEAD, len(work) // ENDING)
+        if found is None or found:
+            texts.looked(spec.measured(time.perf_counter() - begun), len(found or (1,)))
+        if found is None or (suffix and not any(found.values())):
+            return {}, 0
+        others = [planned for planned in work if planned not in found]
+        return found, min(MOST, texts.next_look(others, step)) if others else MOST
 
     def _costs(self, rows: int, most: int) -> tuple[Ledger, np.ndarray]:
         """What a step of so many rows costs, and with up to `most` drafts; looked up now and then."""
@@ -175,6 +178,7 @@ class Visits:
             ngram=config.max_matching_ngram_size if config.method in ("lookup", "auto") else 0,
             deepest=min(config.deepest_of_texts, NODES),
             usual=config.deepest,
+            sure=SURE,
             chain=min(config.deepest, NODES) if model is not None else 0,
             width=config.tree_width,
             kinds=KINDS,
@@ -187,7 +191,7 @@ class Visits:
             row_trust=ROW_TRUST,
             expected=expected,
             price=price,
-        ).with_tables(self.odds.looked, self.odds.drafted, seconds, forward)
+        ).with_tables(self.odds.texts, self.odds.drafted, seconds, forward)
 
     @staticmethod
     def _forwards(model: DraftModel, rows: int) -> np.ndarray:
@@ -195,14 +199,19 @@ class Visits:
         one = model.cost.seconds(1)
         return np.array([0.0, *(max(model.cost.seconds(n), one) for n in range(1, rows + 1))])
 
-    def _row(self, planned: PlanRow, known: int | None, value: float) -> TextRow:
+    def _row(self, planned: PlanRow, known: int | None, value: float, followed: Followed | None) -> TextRow:
         row, spec = planned.row, self.speculator
         state = RowDrafting.of(row, spec.steps + 1)
-        names = "lookup", spec.drafter.name if spec.drafter is not None else "draft"
+        names = "lookup", spec.drafter.name if spec.drafter is not None else "draft", "suffix"
         records = tuple((r.taken, r.expected) for r in map(state.record, names))
         text = state.read_in(row.tokens, row.prompt_length + row.request.max_tokens + NODES)
         length = len(row.tokens)
-        return TextRow(text, length, 0, row.left, row.stops, length if known is None else known, records, value)
+        known = length if known is None else known
+        return TextRow(text, length, 0, row.left, row.stops, known, records, value, followed)
+
+    @property
+    def _asks_model(self) -> bool:
+        return self.speculator.has_drafter and not self.certain
 
     # -- what came of it
 
@@ -224,12 +233,18 @@ class Visits:
         found = any(step.verdicts for step in steps)
         paid = found and (not usual or tokens * usual > rows * seconds)
         self._clear = paid and tokens * usual > CLEAR * rows * seconds
-        self.misses = 0 if paid or plan.speculator.has_drafter else min(self.misses + 1, LONGEST_REST)
+        self.misses = 0 if paid or self._asks_model else min(self.misses + 1, LONGEST_REST)
         return self.misses
 
     def stale(self) -> bool:
         """Whether it is time to see again what steps without drafts take."""
-        return not self.speculator.has_drafter and self.since >= (4 if self._clear else 1) * STALE
+        return not self._asks_model and self.since >= (4 if self._clear else 1) * STALE
+
+    def looked(self, plan: Plan, steps: Sequence[Step]) -> None:
+        """Note for which of the rows that were looked at drafts were worth it."""
+        found = [(planned, verdict) for step in steps for planned, verdict in step.verdicts]
+        chosen = {planned for planned, verdict in found if verdict.proposal.source == "suffix"}
+        self.speculator.texts.put_off(plan.looked, chosen, self.speculator.steps, len(plan.work))
 
     def settle(self, plan: Plan, visit: Visit) -> None:
         """The draft model has KV of so many of the row's tokens."""
@@ -242,6 +257,6 @@ def verdict_of(plan: Plan, made: Made, taken: int, ended: bool) -> Verdict | Non
     """What a step made of the drafts of a row that took so many tokens; None where there were none."""
     if not made.tokens:
         return None
-    name = plan.model.name if made.source == MODEL else "lookup"
+    name = plan.model.name if made.source == MODEL else "suffix" if made.source == FOLLOWED else "lookup"
     proposal = Proposal(made.tokens, made.parents, made.kinds, made.odds, name)
     return Verdict(proposal, made.path[: taken - 1], ended)

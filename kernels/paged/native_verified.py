@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from hf_paged.kernels.native import address, native_ops
 from hf_paged.kernels.native_blocks import FewModel
 
 NODES, DEPTHS, MATCHES = 62, 3, 7  # drafts of a row; depths and matches whose odds are kept apart
-NOBODY, TEXT, MODEL = range(3)  # who drafted
+NOBODY, TEXT, MODEL, FOLLOWED = range(4)  # who drafted
 _I, _D, _P = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -30,7 +31,8 @@ class _Model(ctypes.Structure):
 class _Row(ctypes.Structure):
     _fields_ = [
         *[("text", _P), ("length", _I), ("slots", _I), ("left", _I), ("known", _I), ("stops", _P), ("num_stops", _I)],
-        *[("taken", _D * 2), ("expected", _D * 2), ("value", _D), ("ended", _I)],
+        *[("followed", _P), ("begin", _I), ("end", _I), ("behind", _I)],
+        *[("taken", _D * 3), ("expected", _D * 3), ("value", _D), ("ended", _I)],
     ]
 
 
@@ -43,19 +45,32 @@ class Rules(ctypes.Structure):
     """What is drafted; see `rules` in `verified.h`. Arrays are given by `with_tables`."""
 
     _fields_ = [
-        *_fields("ngram deepest usual chain width kinds"),
-        *[("looked", _P), ("drafted", _P), ("seconds", _P), ("forward", _P)],
+        *_fields("ngram deepest usual sure chain width kinds"),
+        *_fields("", "looked repeated drafted seconds forward"),
         *_fields("most together least_slots ending"),
         *_fields("", "", "margin cheapest least plain behind row_decay row_trust expected price"),
     ]
 
-    def with_tables(self, looked: np.ndarray, drafted: np.ndarray, seconds: np.ndarray, forward: np.ndarray) -> Rules:
-        """Odds of what is looked up, float32 `[DEPTHS, MATCHES]`, and of a model's drafts, `[DEPTHS, 3 * kinds]`;
-        seconds, float64, of a step by its number of drafts, and of the draft model's forward by that of its lines."""
-        self._alive = looked, drafted, seconds, forward
-        self.looked, self.drafted, self.seconds, self.forward = (address(table) for table in self._alive)
+    def with_tables(self, texts: np.ndarray, drafted: np.ndarray, seconds: np.ndarray, forward: np.ndarray) -> Rules:
+        """Odds of what is looked up and of a text that is repeated, float32 `[2, DEPTHS, MATCHES]`, and of a model's
+        drafts, `[DEPTHS, 3 * kinds]`; seconds, float64, of a step by its number of drafts, and of the draft model's
+        forward by that of its lines."""
+        self._alive = *texts, drafted, seconds, forward
+        places = (address(table) for table in self._alive)
+        self.looked, self.repeated, self.drafted, self.seconds, self.forward = places
         self.most = len(seconds) - 1
         return self
+
+
+class Followed(NamedTuple):
+    """Tokens of a text that a row repeats, int64, from place `begin` of it on; None: those of the row itself.
+
+    What comes next in the row stands `behind` places further there.
+    """
+
+    tokens: np.ndarray | None
+    begin: int
+    behind: int
 
 
 @dataclass(slots=True)
@@ -66,8 +81,9 @@ class TextRow:
         text: int64, its tokens, with room for those that it may have yet.
         length: how many are known; KV of all but the last is stored, and of `known` that of the draft model.
         slots: that its pages have. left: tokens that it may have yet. stops: ids that end it.
-        records: drafts taken and expected so far, of its text and of a draft model.
+        records: drafts taken and expected so far, of its text, of a draft model and of `followed`.
         value: what a token of it is worth.
+        followed: the text that it repeats, if there is one.
     """
 
     text: np.ndarray
@@ -76,8 +92,9 @@ class TextRow:
     left: int
     stops: Sequence[int]
     known: int
-    records: tuple[tuple[float, float], tuple[float, float]]
+    records: tuple[tuple[float, float], ...]
     value: float
+    followed: Followed | None = None
 
 
 @dataclass(slots=True)
@@ -182,6 +199,11 @@ def _given(rows: Sequence[TextRow]) -> tuple[ctypes.Array[_Row], list[np.ndarray
         entry.text, entry.stops, entry.num_stops = address(row.text), address(stops), len(row.stops)
         entry.length, entry.slots, entry.left = row.length, row.slots, row.left
         entry.known, entry.value = row.known, row.value
+        if row.followed is not None:
+            text, entry.begin, entry.behind = row.followed
+            entry.followed, entry.end = address(row.text if text is None else text), -1
+            if text is not None:
+                entry.end = entry.begin + len(text)
         for source, (taken, expected) in enumerate(row.records):
             entry.taken[source], entry.expected[source] = taken, expected
     return given, kept

@@ -1,5 +1,5 @@
-/* Drafts for the steps of `verified.c`: what followed the same tokens in a row's own text, or what a draft model says; and which of
- * them are worth to be verified. */
+/* Drafts for the steps of `verified.c`: what followed the same tokens in a row's own text, what comes next in a text that it repeats, or
+ * what a draft model says; and which of them are worth to be verified. */
 #include "verified.h"
 #include <stdlib.h>
 #include <string.h>
@@ -17,10 +17,10 @@ static double ratio_of(const text_row *r, int source, const rules *a) {
 
 static float clamped(double odds) { return odds < 0.01 ? 0.01f : odds > 0.985 ? 0.985f : (float)odds; }
 
-/* How many tokens before a and before b of a text agree, up to `most`. */
-static int64_t agreement(const int64_t *text, int64_t a, int64_t b, int64_t most) {
+/* How many tokens before place a of one text and place b of another agree, up to `most`. */
+static int64_t agreement(const int64_t *one, int64_t a, const int64_t *other, int64_t b, int64_t most) {
     int64_t n = 0;
-    while (n < most && n < a && n < b && text[a - 1 - n] == text[b - 1 - n]) n++;
+    while (n < most && n < a && n < b && one[a - 1 - n] == other[b - 1 - n]) n++;
     return n;
 }
 
@@ -30,10 +30,10 @@ static int64_t find_match(const text_row *r, int64_t ngram, int64_t *length) {
     int64_t best = 0, at = 0;
     for (int64_t stop = end - 1; stop > 0 && best < ngram; stop--) {
         if (r->text[stop - 1] != last) continue;
-        const int64_t n = agreement(r->text, stop, end, ngram);
+        const int64_t n = agreement(r->text, stop, r->text, end, ngram);
         if (n > best) best = n, at = stop;
     }
-    if (at) *length = agreement(r->text, at, end, LONGEST_MATCH);
+    if (at) *length = agreement(r->text, at, r->text, end, LONGEST_MATCH);
     return at;
 }
 
@@ -42,24 +42,42 @@ static void offer(work *w, int64_t row, int64_t token, int64_t parent, int64_t k
     w->offers[w->offered++] = (draft){row, token, parent, kind, index, odds, before * odds, before * odds * value};
 }
 
-/* What followed the end of a row's text before; behind the last token it goes on with itself. Returns how much is expected of it. */
-static double look_up(work *w, const text_row *r, int64_t row, int64_t most, const rules *a) {
-    const double ratio = ratio_of(r, 0, a);
-    int64_t length = 0, at = a->ngram && most > 0 ? find_match(r, a->ngram, &length) : 0;
-    if (!at) return 0;
+/* Drafts behind a match of so many tokens: `period` tokens from `next` on, over and over. odds: by depth and kind. Returns how much is
+ * expected of them. */
+static double offer_text(work *w, const text_row *r, int64_t row, int source, const int64_t *next, int64_t period, int64_t length,
+                         int64_t most, const float *odds, const rules *a) {
     const int64_t kind = kind_of_match(length), behind = a->usual > length ? a->usual : length;
     const int64_t deep = a->deepest < most ? a->deepest : most, depth = a->usual >= 0 && behind < deep ? behind : deep;
-    const int64_t period = r->length - at < depth ? r->length - at : depth;
+    const double ratio = ratio_of(r, source, a);
     double sum = 0;
     float reach = 1;
-    if (clamped(a->looked[kind] * ratio) * r->value < a->cheapest) return 0;
-    w->source[row] = 1;
+    if (clamped(odds[kind] * ratio) * r->value < a->cheapest) return 0;
+    w->source[row] = source + 1;
     for (int64_t i = 0; i < depth; i++) {
-        const float odds = clamped(a->looked[(i < DEPTHS ? i : DEPTHS - 1) * MATCHES + kind] * ratio);
-        offer(w, row, r->text[at + i % period], i - 1, kind, odds, reach, r->value);
-        sum += reach *= odds;
+        const float one = clamped(odds[(i < DEPTHS ? i : DEPTHS - 1) * MATCHES + kind] * ratio);
+        offer(w, row, next[i % period], i - 1, kind, one, reach, r->value);
+        sum += reach *= one;
     }
     return sum;
+}
+
+/* What followed the end of a row's text before. */
+static double look_up(work *w, const text_row *r, int64_t row, int64_t most, const rules *a) {
+    int64_t length = 0, at = a->ngram && most > 0 ? find_match(r, a->ngram, &length) : 0;
+    return at ? offer_text(w, r, row, LOOKED_UP, r->text + at, r->length - at, length, most, a->looked, a) : 0;
+}
+
+/* What comes next in the text that a row repeats, as long as it does. */
+static double follow_on(work *w, const text_row *r, int64_t row, int64_t most, const rules *a) {
+    const int64_t end = r->end < 0 ? r->length : r->end, at = r->length + r->behind;
+    if (!r->followed || most <= 0) return 0;
+    const int inside = r->begin < at && at < end;
+    const int64_t length = inside ? agreement(r->followed, at - r->begin, r->text, r->length, LONGEST_MATCH) : 0;
+    if (length < a->sure) {
+        w->lost++;
+        return 0;
+    }
+    return offer_text(w, r, row, FOLLOWED, r->followed + at - r->begin, end - at, length, most, a->repeated, a);
 }
 
 /* A line of the draft model's forward: the token at a place of a row's text, or behind it of its guesses. */
@@ -109,7 +127,7 @@ static int ask_model(work *w, text_row *rows, int64_t asked, const rules *a, con
             memcpy(w->guesses + at, w->said + i * a->width, sizeof(int64_t) * (size_t)a->width);
             memcpy(w->likely + at, w->probs + i * a->width, sizeof(float) * (size_t)a->width);
             w->depth[row] = d + 1;
-            w->reach[row] *= clamped(odds_at(a, d)[kind_of_guess(prob, 0, a->kinds)] * ratio_of(r, 1, a));
+            w->reach[row] *= clamped(odds_at(a, d)[kind_of_guess(prob, 0, a->kinds)] * ratio_of(r, BY_MODEL, a));
             if (d + 1 < w->deepest[row] && w->reach[row] * r->value >= another) w->alive[going++] = row;
         }
     }
@@ -119,8 +137,8 @@ static int ask_model(work *w, text_row *rows, int64_t asked, const rules *a, con
 /* A row's guesses as offers: the likeliest tokens, then those beside them that are reached often enough. */
 static void offer_guesses(work *w, const text_row *r, int64_t row, const rules *a) {
     const int64_t room = r->slots - r->length < NODES ? r->slots - r->length : NODES;
-    const double ratio = ratio_of(r, 1, a);
-    w->source[row] = 2, w->of[row] = w->offered;
+    const double ratio = ratio_of(r, BY_MODEL, a);
+    w->source[row] = BY_MODEL + 1, w->of[row] = w->offered;
     for (int beside = 0; beside < 2; beside++) {
         float reach = 1;
         for (int64_t d = 0; d < w->depth[row]; d++) {
@@ -180,14 +198,15 @@ int propose(work *w, text_row *rows, int64_t count, const rules *a, const model 
             double *spent) {
     const double begun = seconds_now();
     int64_t asked = 0, lag = 0, going = 0;
-    w->offered = tell[0] = tell[1] = tell[2] = 0;
+    w->offered = w->lost = tell[0] = tell[1] = tell[2] = 0;
     for (int64_t r = 0; r < count; r++) {
         const int64_t room = rows[r].slots - rows[r].length, left = rows[r].left - 1, free = room < left ? room : left;
         const int64_t most = free < NODES ? free : NODES;
         w->of[r] = w->offered, w->source[r] = w->depth[r] = 0;
         if (rows[r].ended) continue;
         going++;
-        const double found = look_up(w, rows + r, r, most, a);
+        const double repeated = follow_on(w, rows + r, r, most, a);
+        const double found = w->source[r] ? repeated : look_up(w, rows + r, r, most, a);
         if (!a->chain || most <= 0 || (w->source[r] && (a->expected - found) * rows[r].value <= a->price)) continue;
         if (lag + rows[r].length - rows[r].known > w->capacity) continue; /* it has fallen behind */
         lag += rows[r].length - rows[r].known;

@@ -101,7 +101,7 @@ static void judge(const work *w, text_row *r, int64_t row, const int64_t *path, 
         }
         if (tested) r->taken[source] += good, r->expected[source] += drafts[i].odds;
     }
-    if (source != 1) return;
+    if (source != BY_MODEL) return;
     for (int64_t p = 0; p < taken && drafts[path[p]].index == p && p + 1 < w->depth[row]; p++) r->known++;
 }
 
@@ -203,14 +203,14 @@ static void settle(const work *w, const memory *m, const model *target, text_row
     note(out, w, r, row, path, tokens, taken, drawn);
 }
 
-/* Whether the steps are over: so many rows have ended, or one that goes on has no slot left. */
-static int is_over(const text_row *rows, int64_t count, const rules *a) {
-    int64_t ended = 0;
+/* Whether the steps are over: so many rows have ended, or repeat no text any more, or one that goes on has no slot left. */
+static int is_over(const work *w, const text_row *rows, int64_t count, const rules *a) {
+    int64_t ended = w->lost;
     for (int64_t r = 0; r < count; r++) {
         if (!rows[r].ended && rows[r].slots < rows[r].length) return 1;
         ended += rows[r].ended;
     }
-    return ended == count || ended > a->ending;
+    return ended >= count || ended > a->ending;
 }
 
 /* Up to `steps` steps of rows of which each is to compute its last token, without pages in common; the one in which more rows end than
@@ -222,7 +222,7 @@ int few_verified(record *out, const model *target, const model *draft_model, tex
     work w = {.table = (int64_t *)table};
     memory m;
     int failed = !find_memory(&m, &w, a, count, lines, vocab);
-    for (out->done = out->spoilt = 0; !failed && out->done < steps && !is_over(rows, count, a); out->done++) {
+    for (out->done = out->spoilt = 0; !failed && out->done < steps && !is_over(&w, rows, count, a); out->done++) {
         for (int64_t r = 0; r < count; r++) m.known[r] = rows[r].known;
         out->seconds[1] = 0;
         failed = propose(&w, rows, count, a, draft_model, given, out->chains, out->seconds + 1);
