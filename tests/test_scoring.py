@@ -212,6 +212,22 @@ def test_bad_windows_are_refused(model, arguments, words):
         engine.perplexity([1, 2, 3], **arguments)
 
 
+def test_documents_are_kept_for_their_salt(model):
+    document = prompts_of(60, seed=6)[0][0].tolist()
+    with make(model) as engine:
+        plain, salted = (engine.perplexity(document, cache_salt=salt)[0].logprobs for salt in (None, "a"))
+        assert salted == pytest.approx(plain, abs=1e-4)
+        engine.forget()
+        engine.perplexity(document, cache_salt="a")
+        found = []
+        for salt in (None, "b", "a"):
+            before = engine.stats().cached_tokens
+            params = SamplingParams(temperature=0.0, max_tokens=1, cache_salt=salt)
+            engine.generate([[model.config.bos_token_id, *document]], params)
+            found.append(engine.stats().cached_tokens > before)
+        assert found == [False, False, True]
+
+
 # -- shapes
 
 

@@ -168,6 +168,7 @@ class Engine(RequestEngine):
         *,
         window: int | None = None,
         stride: int | None = None,
+        cache_salt: str | None = None,
         use_tqdm: bool = False,
         raise_errors: bool = False,
     ) -> list[Score]:
@@ -178,11 +179,13 @@ class Engine(RequestEngine):
             window: tokens of one forward. Default: as many as the engine takes.
             stride: tokens scored in each window but the first, behind `window - stride + 1` others; the less, the more
                 context a token has, and the longer it takes. Default: `window`.
-            use_tqdm, raise_errors: as in `score`.
+            cache_salt, use_tqdm, raise_errors: as in `score`.
+
         Returns:
             One `Score` a text, with `logprob` and `perplexity`.
         """
-        return perplexities(self, texts, window, stride, use_tqdm=use_tqdm, raise_errors=raise_errors)
+        options = dict(cache_salt=cache_salt, use_tqdm=use_tqdm, raise_errors=raise_errors)
+        return perplexities(self, texts, window, stride, **options)
 
     # -- prefixes that are kept
 
