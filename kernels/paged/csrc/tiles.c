@@ -70,7 +70,7 @@ enum { OWN = 2 * SIDE, COPIES = 4 * SIDE };
  * there are too many of them: so many `outputs` of an input, on average over what a line goes through. */
 int by_lines(int64_t lines, int64_t outputs) {
     enum { LEAST = SIDE * 3 / 4, OUTPUTS = 24 }; /* measured on two cores: models of 14M and 440M numbers */
-    return amx && omp_get_num_threads() > 1 && lines >= LEAST * omp_get_num_threads() && OUTPUTS * lines >= outputs;
+    return omp_get_num_threads() > 1 && lines >= LEAST * omp_get_num_threads() && OUTPUTS * lines >= outputs;
 }
 
 /* Bytes that `take_apart` writes of up to so many lines, by a team of any size. */
@@ -164,20 +164,20 @@ INLINE void multiply_floats(lanes *sums, const float *x, const uint16_t *weight,
 }
 
 /* `multiply_tiles` in float32. */
-static void multiply_all(const target *t, const float *x, int64_t lines, int64_t in, const uint16_t *weight, int64_t pairs,
+static void multiply_all(const target *t, const float *x, int64_t lines, int64_t in, const uint16_t *weight, share own,
                          const uint16_t *then) {
-    const int64_t deep = blocks_of(in, DEEP), passes = blocks_of(lines, MANY);
-    const share own = share_of(pairs);
+    /* About as many lines in each pass: of a few alone, to read weights takes longer than their products. */
+    const int64_t deep = blocks_of(in, DEEP), passes = blocks_of(lines, MANY), most = lines ? blocks_of(lines, passes) : 0;
     for (int64_t pair = own.begin; pair < own.end; pair++)
-        for (int64_t first = 0; first < lines; first += MANY) {
+        for (int64_t first = 0; first < lines; first += most) {
             const float *from = x + first * deep * DEEP;
             const uint16_t *w = weight + pair * deep * 2 * TILE, *next = pair + 1 < own.end ? w + deep * 2 * TILE : then;
-            const int64_t left = lines - first, pass = first / MANY;
+            const int64_t count = lines - first < most ? lines - first : most, pass = first / most;
             lanes sums[MANY * PAIR];
-#define OF(N) else if (left == N && N < MANY) multiply_floats(sums, from, w, next, deep, pass, passes, N < MANY ? N : MANY)
-            if (left >= MANY) multiply_floats(sums, from, w, next, deep, pass, passes, MANY);
+#define OF(N) else if (count == N && N < MANY) multiply_floats(sums, from, w, next, deep, pass, passes, N < MANY ? N : MANY)
+            if (count == MANY) multiply_floats(sums, from, w, next, deep, pass, passes, MANY);
             OF(1); OF(2); OF(3); OF(4); OF(5); OF(6); OF(7); OF(8); OF(9); OF(10); OF(11);
-            for (int64_t m = 0; m < left && m < MANY; m++) write_line(t, sums + PAIR * m, first + m, pair);
+            for (int64_t m = 0; m < count; m++) write_line(t, sums + PAIR * m, first + m, pair);
         }
 }
 
@@ -194,10 +194,10 @@ void multiply_tiles(float *out, const void *parts, int64_t lines, int64_t in, in
                     const void *then) {
     const int alone = by_lines(lines, outputs);
     const int64_t pairs = pairs_of(a.rows, gated);
-    const share own = alone ? share_of(lines) : (share){0, lines};
+    const share own = alone ? share_of(lines) : (share){0, lines}, weights = alone ? (share){0, pairs} : share_of(pairs);
     const target t = {out + own.begin * a.rows, a.bias, add ? add + own.begin * a.rows : 0, a.rows, gated};
-    if (amx) amx_multiply(&t, parts, own.end - own.begin, in, a.weight, alone ? (share){0, pairs} : share_of(pairs));
-    else multiply_all(&t, parts, lines, in, a.weight, pairs, then);
+    if (amx) amx_multiply(&t, parts, own.end - own.begin, in, a.weight, weights);
+    else multiply_all(&t, parts, own.end - own.begin, in, a.weight, weights, then);
     if (alone) return;
 #pragma omp barrier
 }
