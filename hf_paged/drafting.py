@@ -218,7 +218,6 @@ class Drafting(Proposers):
         plan, visit, steps = visited
         visits, made = self._visits[plan.speculator], visit.seconds[: len(steps)]
         self._rest = visits.rest(steps, seconds, plan) * self.burst
-        visits.looked(plan, steps)
         each = max(seconds - sum(forward + spent for forward, spent in made), 0.0) / max(len(steps), 1)
         self._resting = False
         drafted = any(step.verdicts for step in steps)
@@ -235,6 +234,7 @@ class Drafting(Proposers):
             plan.speculator.stepped(step.tokens, forward + spent + each, self._usual(step.rows))
             if drafted:
                 visits.overhead.note(each, max(self._nodes, 1))
+        visits.looked(plan, steps)
 
     def settle(self, work: Rows[PlanRow], drawings: Rows[Drawing], logits: torch.Tensor, sound: bool) -> None:
         """KV of accepted drafts goes to its place; see `DraftSlots.settle`. Proposers learn what became of theirs."""

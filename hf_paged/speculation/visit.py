@@ -23,7 +23,7 @@ from hf_paged.speculation.drafter import KINDS
 from hf_paged.speculation.guide import MARGIN, Ledger, Overhead
 from hf_paged.speculation.proposal import Proposal, Verdict
 from hf_paged.speculation.speculator import Speculator
-from hf_paged.speculation.suffix import SURE
+from hf_paged.speculation.suffix import SURE, alone
 from hf_paged.speculation.texts import RowDrafting
 from hf_paged.speculation.visit_odds import OFTEN, Odds
 
@@ -242,6 +242,8 @@ class Visits:
 
     def looked(self, plan: Plan, steps: Sequence[Step]) -> None:
         """Note for which of the rows that were looked at drafts were worth it."""
+        if not plan.looked:
+            return
         found = [(planned, verdict) for step in steps for planned, verdict in step.verdicts]
         chosen = {planned for planned, verdict in found if verdict.proposal.source == "suffix"}
         self.speculator.texts.put_off(plan.looked, chosen, self.speculator.steps, len(plan.work))
@@ -258,5 +260,6 @@ def verdict_of(plan: Plan, made: Made, taken: int, ended: bool) -> Verdict | Non
     if not made.tokens:
         return None
     name = plan.model.name if made.source == MODEL else "suffix" if made.source == FOLLOWED else "lookup"
-    proposal = Proposal(made.tokens, made.parents, made.kinds, made.odds, name)
+    kinds = made.kinds if name != "suffix" else tuple(alone(kind, SURE)[0] for kind in made.kinds)
+    proposal = Proposal(made.tokens, made.parents, kinds, made.odds, name)
     return Verdict(proposal, made.path[: taken - 1], ended)

@@ -192,7 +192,7 @@ def decode_kernel(
         store_result(out, line, acc, most, total, sinks, heads, real, VALUE_DIM, BLOCK_V, SINKS)
     else:
         store_part(parts, stats, line, acc, most, total, real, VALUE_DIM, BLOCK_V)
-        WHOLE: tl.constexpr = OVERLAP and HALVES  # as `merge.py` has it
+        WHOLE: tl.constexpr = OVERLAP and key_pages.dtype.element_ty == tl.float8e4nv  # as `merge.py` has it
         # fmt: off
         merge_ended(
             arrived, parts, stats, order, context, place, members, row, size, count, head, splits, sinks, out,

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from hf_paged.kernels.overlap import admit_next, await_others
 from hf_paged.kernels.tiles import load_pages, vectors
-from hf_paged.kernels.tiles_ahead import probed
-from hf_paged.kernels.tiles_apart import add_pairs, half_of, joined, of_both, queries, weighed
+from hf_paged.kernels.tiles_ahead import add_tile, load_values, probed
+from hf_paged.kernels.tiles_apart import half_of, joined, of_both, queries
 
 
 @triton.jit
@@ -37,7 +37,6 @@ def attend_halved(
     n = place % SHARES * (BLOCK_N // SHARES) + tl.arange(0, BLOCK_N // SHARES)[None, :]
     start_of = start + place // SHARES * half  # where each one's half begins
     d = tl.arange(0, KEY_DIM)[None, None, :]
-    v = tl.arange(0, PAIRS)[None, :, None]
     acc = tl.zeros([BOTH, PAIRS, BLOCK_M], tl.float32)
     odd = acc
     most = tl.full([BOTH, BLOCK_M], float("-inf"), tl.float32)
@@ -45,7 +44,7 @@ def attend_halved(
     query = tl.zeros([BOTH, KEY_DIM, BLOCK_M], tl.float16)
     if not OVERLAP:
         query = queries(query_at, real, True)
-    elif fresh & (half <= STAGES * BLOCK_N):  # as in `attend_apart`
+    elif fresh & (stop - start - half <= STAGES * BLOCK_N):  # as in `attend_apart`: the last slot ends the second half
         await_others(OVERLAP)
     next_pages = load_pages(table, start_of + n, stop, PAGE_SIZE)
     for begin in tl.range(0, half, BLOCK_N, num_stages=STAGES):
@@ -58,17 +57,13 @@ def attend_halved(
             word = probed(key_pages, table, begin_of - BLOCK_N, n, asked, KV_HEADS, PAGE_SIZE, KEY_DIM, BLOCK_N)
             more += word & zero
         next_pages = load_pages(table, more, stop, PAGE_SIZE)
-        held = slots < stop
-        at_key = vectors(key_pages, pages, begin_of, n, KV_HEADS, PAGE_SIZE, KEY_DIM, BLOCK_N)[:, :, None] + d
-        at_value = vectors(value_pages, pages, begin_of, n, KV_HEADS, PAGE_SIZE, PAIRS, BLOCK_N)
-        key = tl.load(at_key)
-        value = tl.load(at_value[:, None, :] + v, mask=held[:, None, :], other=0)
+        key = tl.load(vectors(key_pages, pages, begin_of, n, KV_HEADS, PAGE_SIZE, KEY_DIM, BLOCK_N)[:, :, None] + d)
+        value, held = load_values(value_pages, pages, begin_of, n, stop, PAIRS, KV_HEADS, PAGE_SIZE, BLOCK_N)
         if OVERLAP and begin == 0:
             await_others(OVERLAP)
             admit_next(OVERLAP)
             query = queries(query_at, real, True)
         scores = tl.dot(key.to(tl.float16), query)
-        weights, fade, most, total = weighed(scores, held[:, :, None], most, total, scale)
-        acc, odd = add_pairs(acc, odd, value, weights, fade, OVERLAP)
+        acc, odd, most, total = add_tile(acc, odd, most, total, scores, value, held, scale, OVERLAP)
     acc, most, total = joined(acc, odd, most, total, True, 2, SHARES, BLOCK_M)
     return of_both(tl.permute(acc, (1, 2, 0)), tl.permute(most, (1, 0)), tl.permute(total, (1, 0)))
